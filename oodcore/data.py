@@ -1,0 +1,291 @@
+"""Source: where batches come from, and how whatever a user has becomes a stream of them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeGuard
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from oodcore.component import Component
+from oodcore.errors import ConfigurationError, DataError
+from oodcore.features import Features
+
+Adapt = Callable[[Any], Any]
+
+
+class Source(Component):
+    """A data set as a component: ``open()`` gives rows ``(input, label, id)``.
+
+    Images are float32 ``[C, H, W]`` in [0, 1], texts are ``str``. Labels are integers, -1 where
+    there are none. An id is the row's number in the data set, whatever rows are selected.
+    """
+
+    slot: ClassVar[str] = "source"
+
+    @abstractmethod
+    def open(self) -> Dataset[Any]:
+        """The rows, by number: a map-style data set of ``(input, label, id)``.
+
+        Raises:
+            DataError: the data is not where or what the configuration says.
+        """
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows on their way to the model.
+
+    Args:
+        inputs: a tensor ``[N, ...]``, a mapping of such, or a list of N texts.
+        labels: ``[N]`` int64, or None.
+        ids: ``[N]`` int64, or None where the data gives none.
+    """
+
+    inputs: Any
+    labels: Tensor | None = None
+    ids: Tensor | None = None
+
+    def __len__(self) -> int:
+        return _length(self.inputs)
+
+
+class Selection(Dataset[Any]):
+    """The rows of a data set whose label is among ``classes``, labelled by position in it."""
+
+    def __init__(self, data: Dataset[Any], classes: Sequence[int], labels: Sequence[int]) -> None:
+        self._data = data
+        self._position = {int(label): position for position, label in enumerate(classes)}
+        if len(self._position) != len(classes):
+            raise ConfigurationError(f"classes are named twice: {list(classes)}")
+        self._rows = [row for row, label in enumerate(labels) if int(label) in self._position]
+        if not self._rows:
+            raise DataError(f"no row has a label in {list(classes)}")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> tuple[Any, int, int]:
+        row = self._rows[index]
+        inputs, label, *number = self._data[row]
+        return inputs, self._position[int(label)], int(number[0]) if number else row
+
+
+def select(
+    data: Dataset[Any], classes: Sequence[int], labels: Sequence[int] | None = None
+) -> Dataset[Any]:
+    """The rows of some classes, relabelled 0, 1, ... in the order of ``classes``; ids stay.
+
+    Args:
+        data: a map-style data set of ``(input, label)`` or ``(input, label, id)``.
+        classes: the labels to keep.
+        labels: the label of every row, if they are known without reading the inputs.
+
+    Raises:
+        DataError: no row is left.
+    """
+    if labels is None:
+        labels = [int(data[row][1]) for row in range(len(data))]  # type: ignore[arg-type]
+    return Selection(data, classes, labels)
+
+
+class Stream:
+    """Batches of whatever a user calls data, with an id for every row.
+
+    Data is a ``Features``, a ``Source`` (or its kind or mapping), a loader, a data set, an array of
+    inputs, a tuple ``(inputs, labels[, ids])`` or any iterable of batches. A batch is a tensor, a
+    tuple ``(x, y[, id])`` or a mapping with ``input``, ``label``, ``id``; ``adapt`` turns anything
+    else into one of these. Rows without ids are numbered from ``start``.
+
+    Raises:
+        DataError: something that is none of these.
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        *,
+        batch_size: int = 256,
+        num_workers: int = 0,
+        adapt: Adapt | None = None,
+        start: int = 0,
+    ) -> None:
+        self.batch_size = batch_size
+        self.start = start
+        self._adapt = adapt
+        self._workers = num_workers
+        self._data = _opened(data)
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether the same rows come in the same order again."""
+        if isinstance(self._data, DataLoader):
+            shuffles = isinstance(self._data.sampler, torch.utils.data.RandomSampler)
+            return not shuffles and not isinstance(self._data.dataset, IterableDataset)
+        return not isinstance(self._data, Iterator | IterableDataset)
+
+    @property
+    def rows(self) -> int | None:
+        """How many rows there are, where that is known before they are read."""
+        data = self._data.dataset if isinstance(self._data, DataLoader) else self._data
+        if isinstance(data, Features | Batch) or (_is_dataset(data) and isinstance(data, Sized)):
+            return len(data)
+        return None
+
+    def __iter__(self) -> Iterator[Batch | Features]:
+        number = self.start
+        for batch in self._batches():
+            if len(batch) == 0:
+                continue
+            if batch.ids is None:
+                batch = replace(batch, ids=torch.arange(number, number + len(batch)))
+            number += len(batch)
+            yield batch
+
+    def _batches(self) -> Iterator[Batch | Features]:
+        data = self._data
+        if isinstance(data, Features):
+            for first in range(0, len(data), self.batch_size):
+                yield data[first : first + self.batch_size]
+            return
+        if isinstance(data, Batch):
+            for first in range(0, len(data), self.batch_size):
+                yield _rows(data, slice(first, first + self.batch_size))
+            return
+        if _is_dataset(data):
+            data = DataLoader(data, batch_size=self.batch_size, num_workers=self._workers)
+        try:
+            iterator = iter(data)
+        except TypeError:
+            raise DataError(_NOT_DATA.format(type(data).__name__)) from None
+        for item in iterator:
+            yield _batch(self._adapt(item) if self._adapt else item)
+
+
+_NOT_DATA = (
+    "data of type {} cannot be read: give a loader, a Dataset, a Source, an array, "
+    "(inputs, labels) or Features"
+)
+
+
+def _opened(data: Any) -> Any:
+    if isinstance(data, str) or (isinstance(data, Mapping) and "kind" in data):
+        from oodcore.plugins import registry
+
+        data = registry.build("source", data)
+    if isinstance(data, Source):
+        return data.open()
+    if _is_array(data) or isinstance(data, tuple) or (isinstance(data, Mapping) and "input" in data):
+        return _batch(data)
+    return data
+
+
+def _is_dataset(data: Any) -> TypeGuard[Dataset[Any]]:
+    if isinstance(data, Dataset):
+        return True
+    return (
+        not isinstance(data, DataLoader | Features | Batch | Tensor | np.ndarray | list | Mapping)
+        and hasattr(data, "__getitem__")
+        and hasattr(data, "__len__")
+    )
+
+
+def _is_array(value: Any) -> TypeGuard[Tensor | np.ndarray]:
+    return isinstance(value, Tensor | np.ndarray)
+
+
+def _batch(item: Any) -> Batch | Features:
+    if isinstance(item, Batch | Features):
+        return item
+    if isinstance(item, Mapping):
+        if "input" not in item:
+            raise DataError(
+                f"a batch that is a mapping needs the key 'input' (and 'label', 'id'), not "
+                f"{sorted(map(str, item))}; turn it into one with adapt="
+            )
+        parts = [item["input"], item.get("label"), item.get("id")]
+    elif isinstance(item, tuple | list) and not (item and isinstance(item[0], str)):
+        if not 1 <= len(item) <= 3:
+            raise DataError(
+                f"a batch of {len(item)} parts cannot be read: give (x, y) or (x, y, id), or adapt="
+            )
+        parts = [*item, None, None][:3]
+    elif _is_array(item) or isinstance(item, list):
+        parts = [item, None, None]
+    else:
+        raise DataError(_NOT_DATA.format(type(item).__name__))
+    inputs = _inputs(parts[0])
+    rows = _length(inputs)
+    return Batch(inputs, _integers(parts[1], rows, "labels"), _integers(parts[2], rows, "ids"))
+
+
+def _inputs(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        if value.dtype == object:
+            raise DataError("inputs are an array of objects; give numbers")
+        return torch.from_numpy(np.ascontiguousarray(value))
+    if isinstance(value, Mapping):
+        return {name: _inputs(part) for name, part in value.items()}
+    if isinstance(value, Tensor) or (isinstance(value, list | tuple) and _texts(value)):
+        return value
+    raise DataError(f"inputs of type {type(value).__name__} cannot be read; give a tensor or adapt=")
+
+
+def _texts(value: Sequence[Any]) -> bool:
+    return all(isinstance(part, str) for part in value)
+
+
+def _integers(value: Any, rows: int, name: str) -> Tensor | None:
+    if value is None:
+        return None
+    tensor = torch.as_tensor(value)
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise DataError(f"{name} must be integers, not {str(tensor.dtype).removeprefix('torch.')}")
+    if tensor.shape != (rows,):
+        raise DataError(f"{name} must be [{rows}], one number a row, not {list(tensor.shape)}")
+    return tensor.to(torch.int64)
+
+
+def _length(inputs: Any) -> int:
+    if isinstance(inputs, Mapping):
+        return _length(next(iter(inputs.values())))
+    if isinstance(inputs, Tensor) and inputs.ndim == 0:
+        raise DataError("inputs need an axis of rows; this is a single number")
+    return len(inputs)
+
+
+def _rows(batch: Batch, rows: slice) -> Batch:
+    def cut(value: Any) -> Any:
+        if value is None:
+            return None
+        return {k: cut(v) for k, v in value.items()} if isinstance(value, Mapping) else value[rows]
+
+    return Batch(cut(batch.inputs), cut(batch.labels), cut(batch.ids))
+
+
+def to_device(inputs: Any, device: torch.device) -> Any:
+    """Inputs on a device: tensors move, mappings move by value, texts stay."""
+    if isinstance(inputs, Mapping):
+        return {name: to_device(value, device) for name, value in inputs.items()}
+    return inputs.to(device, non_blocking=True) if isinstance(inputs, Tensor) else inputs
+
+
+@torch.no_grad()
+def hashed(ids: Tensor, seed: int) -> Tensor:
+    """A pseudo-random number in [0, 2^63) for each id, ``[N]`` int64 (splitmix64 of seed and id).
+
+    It depends on nothing but the seed and the id, so that samples and splits do not depend on the
+    order of rows or on how they are divided among machines.
+    """
+    with np.errstate(over="ignore"):
+        z = ids.cpu().numpy().astype(np.uint64) + np.uint64((seed * 0xD1342543DE82EF95) % 2**64)
+        z += np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z ^= z >> np.uint64(31)
+    return torch.from_numpy((z >> np.uint64(1)).astype(np.int64))

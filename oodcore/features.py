@@ -1,0 +1,265 @@
+"""Head and Features: what a model says about a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from oodcore.errors import DataError
+
+EPS = 1e-12
+"""The smallest norm that is divided by: a zero row stays zero."""
+
+Rerun = Callable[..., "Features"]
+
+
+def unit(rows: Tensor) -> Tensor:
+    """Rows divided by their Euclidean norm, ``x / max(norm, 1e-12)``; a zero row stays zero."""
+    return rows / rows.norm(dim=-1, keepdim=True).clamp_min(EPS)
+
+
+@dataclass(frozen=True)
+class Head:
+    """The last layer of a classifier, ``head(embeddings) -> logits``.
+
+    Plain: ``embeddings @ weight.T + bias``. With ``normalize_weight`` the rows of the weight, with
+    ``normalize_features`` the embeddings have unit norm first; ``scale`` multiplies the product.
+
+    Args:
+        weight: ``[K, D]``.
+        bias: ``[K]``, or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    normalize_weight: bool = False
+    normalize_features: bool = False
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.weight.ndim != 2:
+            raise DataError(f"a head's weight is [K, D], not {list(self.weight.shape)}")
+        if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
+            raise DataError(
+                f"a head's bias is [K] = [{self.weight.shape[0]}], not {list(self.bias.shape)}"
+            )
+
+    def __call__(self, embeddings: Tensor) -> Tensor:
+        weight = unit(self.weight) if self.normalize_weight else self.weight
+        rows = unit(embeddings) if self.normalize_features else embeddings
+        logits = self.scale * (rows @ weight.T) if self.scale != 1.0 else rows @ weight.T
+        return logits if self.bias is None else logits + self.bias
+
+    def to(self, *args: Any, **kwargs: Any) -> Head:
+        """The head on another device or with another dtype, as ``Tensor.to``."""
+        bias = None if self.bias is None else self.bias.to(*args, **kwargs)
+        return replace(self, weight=self.weight.to(*args, **kwargs), bias=bias)
+
+
+@dataclass(frozen=True)
+class Features:
+    """A batch as a model sees it. Every field but one of embeddings and logits may be absent.
+
+    Args:
+        embeddings: ``[N, D]``, the input of the classifier head.
+        logits: ``[N, K]``, kept as given; where absent, ``head(embeddings)``.
+        labels: ``[N]`` int64.
+        ids: ``[N]`` int64, each row's number in its data set.
+        layers: further activations ``[N, ...]``, by module name.
+        head: the classifier head.
+        inputs: the batch as the model got it; kept only where a component needs "inputs".
+        rerun: ``rerun(inputs, edit={layer: fn}) -> Features``, the same road again (extractor, then
+            the shapers before this component), differentiable; ``edit`` maps a named activation on
+            the way.
+
+    Raises:
+        DataError: shapes that do not fit together.
+    """
+
+    embeddings: Tensor | None = None
+    logits: Tensor | None = None
+    labels: Tensor | None = None
+    ids: Tensor | None = None
+    layers: Mapping[str, Tensor] = field(default_factory=dict)
+    head: Head | None = None
+    inputs: Any | None = None
+    rerun: Rerun | None = None
+
+    def __post_init__(self) -> None:
+        if self.logits is None and self.head is not None and self.embeddings is not None:
+            if self.embeddings.ndim == 2 and self.embeddings.shape[1] != self.head.weight.shape[1]:
+                raise DataError(
+                    f"embeddings have {self.embeddings.shape[1]} columns, the head takes "
+                    f"{self.head.weight.shape[1]}"
+                )
+            object.__setattr__(self, "logits", self.head(self.embeddings))
+        if self.embeddings is None and self.logits is None and not self.layers:
+            raise DataError("features need embeddings, logits or layers")
+        rows = len(self)
+        for name in ("embeddings", "logits", "labels", "ids"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            wanted = 2 if name in ("embeddings", "logits") else 1
+            if value.ndim != wanted or value.shape[0] != rows:
+                shape = f"[{rows}, ...]" if wanted == 2 else f"[{rows}]"
+                raise DataError(f"{name} must be {shape}, not {list(value.shape)}")
+        for name, value in self.layers.items():
+            if value.shape[0] != rows:
+                raise DataError(f"layer '{name}' has {value.shape[0]} rows, not {rows}")
+
+    def __len__(self) -> int:
+        for value in (self.embeddings, self.logits, *self.layers.values()):
+            if value is not None:
+                return int(value.shape[0])
+        return 0
+
+    def __getitem__(self, rows: slice | Tensor) -> Features:
+        """Some of the rows; inputs and rerun are left behind."""
+        return self._map(lambda value: value[rows], inputs=None, rerun=None)
+
+    def with_embeddings(self, embeddings: Tensor) -> Features:
+        """Other embeddings ``[N, D]``, and the logits that the head makes of them."""
+        return replace(self, embeddings=embeddings, logits=None)
+
+    def with_logits(self, logits: Tensor) -> Features:
+        """Other logits ``[N, K]``; the embeddings stay."""
+        return replace(self, logits=logits)
+
+    def with_head(self, head: Head) -> Features:
+        """Another head, and the logits that it makes of the embeddings."""
+        return replace(self, head=head, logits=None)
+
+    def at(self, layer: str, pool: Literal["mean", "max", "flatten"] = "mean") -> Features:
+        """A layer's activations as embeddings; axes after the second are pooled away.
+
+        Logits and labels stay, and the head goes: it does not fit these embeddings.
+
+        Raises:
+            DataError: the layer is not among ``layers``.
+        """
+        if layer not in self.layers:
+            raise DataError(f"no layer '{layer}'; there are: {', '.join(self.layers) or 'none'}")
+        rows = self.layers[layer].flatten(2) if self.layers[layer].ndim > 2 else self.layers[layer]
+        if rows.ndim == 1:
+            rows = rows[:, None]
+        if rows.ndim == 3:
+            pooled = {"mean": lambda r: r.mean(2), "max": lambda r: r.amax(2)}
+            rows = pooled[pool](rows) if pool in pooled else rows.flatten(1)
+        return replace(self, embeddings=rows.to(_wide(rows.device)), head=None)
+
+    def normalized(self) -> Features:
+        """Embeddings of unit norm (a zero row stays zero); logits stay, the head goes."""
+        return replace(self, embeddings=unit(required(self.embeddings, "embeddings")), head=None)
+
+    @property
+    def predicted(self) -> Tensor:
+        """The class with the largest logit, ``[N]`` int64; the first one on a tie."""
+        return required(self.logits, "logits").argmax(dim=1)
+
+    def detach(self) -> Features:
+        """The same numbers without a gradient."""
+        return self._map(Tensor.detach)
+
+    def to(self, device: torch.device | str) -> Features:
+        """The same numbers on another device."""
+        head = None if self.head is None else self.head.to(device)
+        return self._map(lambda value: value.to(device), head=head)
+
+    def double(self) -> Features:
+        """Embeddings, logits and head as float64, on the CPU where the device has none.
+
+        This is the one place where a batch is cast; layers keep their type.
+        """
+        device = self._device()
+        wide = {"dtype": torch.float64, "device": device if device.type != "mps" else "cpu"}
+        return replace(
+            self,
+            embeddings=None if self.embeddings is None else self.embeddings.to(**wide),
+            logits=None if self.logits is None else self.logits.to(**wide),
+            labels=None if self.labels is None else self.labels.to(wide["device"]),
+            ids=None if self.ids is None else self.ids.to(wide["device"]),
+            head=None if self.head is None else self.head.to(**wide),
+        )
+
+    def check_finite(self, stage: str) -> Features:
+        """These features, if every number in them is finite.
+
+        Raises:
+            DataError: names the stage, the field and the first offending row.
+        """
+        for name in ("embeddings", "logits"):
+            value = getattr(self, name)
+            if value is not None:
+                check_finite(value, f"{stage}: {name}", self.ids)
+        for name, value in self.layers.items():
+            if value.is_floating_point():
+                check_finite(value, f"{stage}: layer '{name}'", self.ids)
+        return self
+
+    @staticmethod
+    def cat(batches: Iterable[Features]) -> Features:
+        """Batches one after another; a field is kept if every batch has it, the head is the first's."""
+        parts = list(batches)
+        if not parts:
+            raise DataError("there are no batches to put together")
+
+        def joined(name: str) -> Tensor | None:
+            values = [getattr(part, name) for part in parts]
+            return None if any(value is None for value in values) else torch.cat(values)
+
+        return Features(
+            embeddings=joined("embeddings"),
+            logits=joined("logits"),
+            labels=joined("labels"),
+            ids=joined("ids"),
+            layers={
+                name: torch.cat([part.layers[name] for part in parts])
+                for name in parts[0].layers
+                if all(name in part.layers for part in parts)
+            },
+            head=parts[0].head,
+        )
+
+    def _device(self) -> torch.device:
+        for value in (self.embeddings, self.logits, *self.layers.values()):
+            if value is not None:
+                return value.device
+        return torch.device("cpu")
+
+    def _map(self, change: Callable[[Tensor], Tensor], **others: Any) -> Features:
+        fields = {
+            name: None if getattr(self, name) is None else change(getattr(self, name))
+            for name in ("embeddings", "logits", "labels", "ids")
+        }
+        layers = {name: change(value) for name, value in self.layers.items()}
+        return replace(self, **{**fields, "layers": layers, **others})
+
+
+def required(value: Tensor | None, name: str) -> Tensor:
+    """A field of the features that must be there.
+
+    Raises:
+        DataError: it is not.
+    """
+    if value is None:
+        raise DataError(f"{name} are needed here, and these features have none")
+    return value
+
+
+def check_finite(values: Tensor, stage: str, ids: Tensor | None = None) -> None:
+    """Raise a DataError that names the stage and the first row that is not finite."""
+    if bool(torch.isfinite(values).all()):
+        return
+    row = int((~torch.isfinite(values.flatten(1) if values.ndim > 1 else values[:, None]))
+              .any(dim=1).nonzero()[0])  # fmt: skip
+    number = f" (id {int(ids[row])})" if ids is not None else ""
+    raise DataError(f"{stage} of row {row}{number} are not finite")
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -1,0 +1,1 @@
+"""The built-in plugins: one module a method, source, extractor or family of networks."""
