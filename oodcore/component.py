@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, cast, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -19,7 +21,11 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+from pydantic.errors import PydanticUndefinedAnnotation
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from oodcore.errors import ConfigurationError
+from oodcore.plugins import SLOTS, registry
 
 KIND = re.compile(r"[a-z][a-z0-9_]*")
 
@@ -49,11 +55,12 @@ class Paper:
         return f"{self.authors}. {self.title}. {self.venue} {self.year}. {self.url}"
 
 
-class Component(BaseModel):
-    """A method as its configuration: a frozen model whose fields are its hyperparameters.
+class Settings(BaseModel):
+    """A frozen group of fields, as a configuration writes them.
 
-    What a component learns is kept outside it. Numbers are strict: ``"3"`` and ``true`` are no
-    integers. Lists become tuples, so that a component is hashable and equal by value.
+    Numbers are strict: ``"3"`` and ``true`` are no integers, but 3.0 is one. Lists become tuples,
+    so that settings are hashable and equal by value. An unknown field is an error. A group of
+    fields inside a component is a subclass of this.
     """
 
     model_config = ConfigDict(
@@ -65,6 +72,20 @@ class Component(BaseModel):
         arbitrary_types_allowed=False,
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_plain(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        return {key: _plain(value) for key, value in data.items()}
+
+
+class Component(Settings):
+    """A method as its configuration: a frozen model whose fields are its hyperparameters.
+
+    What a component learns is kept outside it, as data.
+    """
+
     slot: ClassVar[str]
     """The registry's slot that this family of components fills."""
     kind: ClassVar[str]
@@ -75,15 +96,15 @@ class Component(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _from_configuration(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping):
+        if not isinstance(data, Mapping) or "kind" not in data:
             return data
-        plain = {key: _plain(value) for key, value in data.items()}
-        kind = plain.pop("kind", None)
-        if kind is not None and kind != getattr(cls, "kind", None):
+        if data["kind"] != getattr(cls, "kind", None):
             raise PydanticCustomError(
-                "kind_mismatch", "this is a {given}, not a {kind}", {"given": kind, "kind": cls.kind}
+                "kind_mismatch",
+                "the kind is {given}, and this is a {name}",
+                {"given": repr(data["kind"]), "name": cls.__name__},
             )
-        return plain
+        return {key: value for key, value in data.items() if key != "kind"}
 
     @model_serializer(mode="wrap")
     def _with_kind(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -115,11 +136,46 @@ def _plain(value: Any) -> Any:
     """What a strict field should see of a value from YAML, JSON or NumPy."""
     if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
         return tuple(_plain(item) for item in value)
-    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
-        value = value.item()
+    value = _unboxed(value)
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value
+
+
+def _unboxed(value: Any) -> Any:
+    """A number of NumPy as a number of Python."""
+    boxed = type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0
+    return value.item() if boxed else value
+
+
+def canonical(value: Any) -> str:
+    """The one JSON text of a component or of plain data: sorted keys, no spaces.
+
+    Equal components have equal texts, so that a text can be compared, hashed and used as a key.
+
+    Raises:
+        ConfigurationError: something in it is no JSON: a tensor, NaN, infinity, a key that is no
+            text.
+    """
+    try:
+        return json.dumps(
+            _bare(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"this cannot be written as JSON: {error}") from None
+
+
+def _bare(value: Any) -> Any:
+    """Plain JSON values of components, paths, tuples and mappings."""
+    if isinstance(value, BaseModel):
+        return _bare(value.model_dump(mode="json"))
+    if isinstance(value, Mapping):
+        if odd := [key for key in value if not isinstance(key, str)]:
+            raise TypeError(f"the key {odd[0]!r} is no text")
+        return {key: _bare(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_bare(item) for item in value]
+    return str(value) if isinstance(value, Path) else _unboxed(value)
 
 
 def named(slot: str, value: Any) -> Component:
@@ -128,8 +184,6 @@ def named(slot: str, value: Any) -> Component:
     Raises:
         PydanticCustomError: unknown kind, wrong slot, or no kind at all (pydantic adds the path).
     """
-    from oodcore.plugins import registry
-
     if isinstance(value, Component):
         if value.slot != slot:
             raise PydanticCustomError(
@@ -163,6 +217,12 @@ class Slot:
 
     name: str
 
+    def __post_init__(self) -> None:
+        if self.name not in SLOTS:
+            raise ConfigurationError(
+                f"unknown slot '{self.name}'; the slots are: {', '.join(SLOTS)}"
+            )
+
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler
     ) -> CoreSchema:
@@ -188,13 +248,15 @@ def suggestion(name: str, known: list[str]) -> str:
 def faults(cls: Any, base: type[Component]) -> str | None:
     """Why a class cannot be registered as a component of ``base``'s slot, or None.
 
-    Refused is what pydantic or a configuration would trip over later: a missing or ill-formed kind,
-    a field that cannot be hashed and compared (list, dict, set, tensor), a field that hides an
-    attribute of the base class.
+    Refused is what pydantic or a configuration would trip over later: a missing or ill-formed
+    kind, a field that cannot be written in a configuration, hashed and compared (list, dict, set,
+    tensor), a field that hides an attribute of the base class.
     """
     if not (isinstance(cls, type) and issubclass(cls, base)):
         return f"{cls!r} is not a subclass of {base.__name__}"
-    kind = cls.__dict__.get("kind") or getattr(cls, "kind", None)
+    if "kind" in cls.model_fields:
+        return f"{cls.__name__}.kind: write it without an annotation, or as a ClassVar[str]"
+    kind = getattr(cls, "kind", None)
     if not isinstance(kind, str) or not KIND.fullmatch(kind):
         return (
             f"{cls.__name__} needs a kind: a ClassVar[str] of lower-case letters, digits and "
@@ -202,23 +264,77 @@ def faults(cls: Any, base: type[Component]) -> str | None:
         )
     if missing := sorted(getattr(cls, "__abstractmethods__", ())):
         return f"{cls.__name__} does not define {', '.join(missing)}"
+    try:
+        cls.model_rebuild()
+    except PydanticUndefinedAnnotation as error:
+        return (
+            f"{cls.__name__}: the annotation {error.name!r} is not defined at run time; "
+            f"import it outside of TYPE_CHECKING"
+        )
+    for name in cls.model_fields:
+        if hasattr(base, name):
+            return (
+                f"{cls.__name__}.{name}: a field cannot be named like an attribute of "
+                f"{base.__name__}"
+            )
+    return next(_unfit(cls), None)
+
+
+def _unfit(cls: type[Settings], seen: frozenset[type] = frozenset()) -> Iterator[str]:
+    """What keeps a class from being written in a configuration and read back the same."""
+    for key, value in Settings.model_config.items():
+        if cls.model_config.get(key) != value:
+            yield f"{cls.__name__}: model_config[{key!r}] must stay {value!r}"
+    for name in cls.model_computed_fields:
+        yield f"{cls.__name__}.{name}: a computed field is not read back; make it a property"
     for name, field in cls.model_fields.items():
-        if hasattr(base, name) or name == "kind":
-            return f"{cls.__name__}.{name}: a field cannot be named like an attribute of {base.__name__}"
-        for part in _types(field.annotation):
-            origin = get_origin(part) or part
-            if origin in (list, dict, set, bytearray) or _is_array(origin):
-                shown = getattr(origin, "__name__", origin)
-                return f"{cls.__name__}.{name}: a field cannot be a {shown}; use a tuple or a path"
-    return None
+        where = f"{cls.__name__}.{name}"
+        if field.alias or field.validation_alias or field.serialization_alias or field.exclude:
+            yield f"{where}: a field is written and read under its own name: no alias, no exclude"
+        for fault in _misfits(field.annotation, field.metadata, seen | {cls}):
+            yield f"{where}: {fault}"
 
 
-def _types(annotation: Any) -> Iterator[Any]:
-    yield annotation
-    for part in get_args(annotation):
-        yield from _types(part)
+def _misfits(annotation: Any, marks: Iterable[Any], seen: frozenset[type]) -> Iterator[str]:
+    """What in a field's type does not fit a configuration; ``marks`` are its annotations."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        yield from _misfits(parts[0], parts[1:], seen)
+        return
+    if any(isinstance(mark, Slot) for mark in marks):
+        return
+    strict = [getattr(m, "strict", None) for mark in marks for m in _flat(mark)]
+    if False in strict and annotation is not Path:
+        yield "numbers and texts are strict; only a path may be lenient (FilePath)"
+    shown = getattr(annotation, "__name__", str(annotation))
+    if origin is Literal:
+        if any(part in (0, 1) for part in parts):
+            yield "a Literal of 0, 1, True or False takes each for the other; use a range or a bool"
+    elif origin in (Union, UnionType, tuple):
+        for part in parts:
+            if part is not Ellipsis:
+                yield from _misfits(part, (), seen)
+    elif annotation is tuple:
+        yield "say what the tuple holds, as in tuple[float, ...]"
+    elif annotation is Path:
+        if False not in strict:
+            yield "a path is a FilePath, so that it can be written as text"
+    elif isinstance(annotation, type) and issubclass(annotation, Component):
+        yield f"a component is looked up by its kind; use Annotated[{shown}, Slot(...)]"
+    elif isinstance(annotation, type) and issubclass(annotation, Settings):
+        if annotation not in seen:
+            yield from _unfit(annotation, seen)
+    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield f"{shown} must be a subclass of oodcore.component.Settings"
+    elif annotation not in _SCALARS and not hasattr(annotation, "__get_pydantic_core_schema__"):
+        yield (
+            f"a field cannot be a {shown}; use numbers, text, bool, Literal, tuples, FilePath, "
+            f"Settings or a Slot"
+        )
 
 
-def _is_array(origin: Any) -> bool:
-    module = cast(str, getattr(origin, "__module__", ""))
-    return isinstance(origin, type) and module.split(".")[0] in ("torch", "numpy")
+def _flat(mark: Any) -> tuple[Any, ...]:
+    return (mark, *getattr(mark, "metadata", ()))
+
+
+_SCALARS = (int, float, str, bool, None, NoneType)

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, TypeGuard
+from typing import Annotated, Any, ClassVar, TypeGuard
 
 import numpy as np
 import torch
+from pydantic import AfterValidator
+from pydantic_core import PydanticCustomError
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler
 
 from oodcore.component import Component
 from oodcore.errors import ConfigurationError, DataError
 from oodcore.features import Features
 
 Adapt = Callable[[Any], Any]
+
+
+def _interval(part: tuple[float, float]) -> tuple[float, float]:
+    if not 0 <= part[0] < part[1] <= 1:
+        raise PydanticCustomError("part", "a part is [from, to] with 0 <= from < to <= 1")
+    return part
+
+
+Part = Annotated[tuple[float, float], AfterValidator(_interval)]
+"""A field that holds a share of a data set's rows, for ``select``: ``(0, 0.9)`` and ``(0.9, 1)``
+divide it in two."""
 
 
 class Source(Component):
@@ -56,42 +70,91 @@ class Batch:
 
 
 class Selection(Dataset[Any]):
-    """The rows of a data set whose label is among ``classes``, labelled by position in it."""
+    """Some rows of a data set; with ``classes``, labelled by their label's position in it."""
 
-    def __init__(self, data: Dataset[Any], classes: Sequence[int], labels: Sequence[int]) -> None:
+    def __init__(
+        self, data: Dataset[Any], rows: np.ndarray[Any, Any], classes: Sequence[int] | None = None
+    ) -> None:
         self._data = data
-        self._position = {int(label): position for position, label in enumerate(classes)}
-        if len(self._position) != len(classes):
-            raise ConfigurationError(f"classes are named twice: {list(classes)}")
-        self._rows = [row for row, label in enumerate(labels) if int(label) in self._position]
-        if not self._rows:
-            raise DataError(f"no row has a label in {list(classes)}")
+        self._rows = rows
+        self._position = None if classes is None else {int(c): p for p, c in enumerate(classes)}
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> tuple[Any, int, int]:
-        row = self._rows[index]
-        inputs, label, *number = self._data[row]
-        return inputs, self._position[int(label)], int(number[0]) if number else row
+        row = int(self._rows[index])
+        return self._labelled(row, self._data[row])
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, int, int]]:
+        rows = [int(self._rows[index]) for index in indices]
+        items = fetch(self._data, rows)
+        return [self._labelled(row, item) for row, item in zip(rows, items, strict=True)]
+
+    def _labelled(self, row: int, item: Any) -> tuple[Any, int, int]:
+        inputs, label, *number = item
+        label = int(label)
+        if self._position is not None:
+            if label not in self._position:
+                raise DataError(f"row {row} has the label {label}, and had another before")
+            label = self._position[label]
+        return inputs, label, int(number[0]) if number else row
+
+
+def fetch(data: Dataset[Any], rows: Sequence[int]) -> list[Any]:
+    """Several rows of a map-style data set, at once where it can (``__getitems__``)."""
+    together = getattr(data, "__getitems__", None)
+    return list(together(rows)) if together else [data[row] for row in rows]
 
 
 def select(
-    data: Dataset[Any], classes: Sequence[int], labels: Sequence[int] | None = None
+    data: Dataset[Any],
+    classes: Sequence[int] | None = None,
+    labels: Sequence[int] | np.ndarray[Any, Any] | None = None,
+    *,
+    part: tuple[float, float] | None = None,
+    seed: int = 0,
 ) -> Dataset[Any]:
-    """The rows of some classes, relabelled 0, 1, ... in the order of ``classes``; ids stay.
+    """The rows of some classes, or some share of the rows; ids stay.
 
     Args:
         data: a map-style data set of ``(input, label)`` or ``(input, label, id)``.
-        classes: the labels to keep.
+        classes: the labels to keep; they become 0, 1, ... in this order. None keeps all, as they
+            are.
         labels: the label of every row, if they are known without reading the inputs.
+        part: ``(from, to)``, the rows whose hash of seed and row number, a number in [0, 1), is in
+            this interval. Intervals that do not overlap share no row, and those that cover [0, 1]
+            leave none out; a share holds about ``(to - from) * N`` rows of every class.
+        seed: of the hash.
 
     Raises:
-        DataError: no row is left.
+        ConfigurationError: a class is named twice, or the part is no interval within [0, 1].
+        DataError: no row is left, or ``labels`` are not one a row.
     """
-    if labels is None:
-        labels = [int(data[row][1]) for row in range(len(data))]  # type: ignore[arg-type]
-    return Selection(data, classes, labels)
+    if classes is None and part is None:
+        return data
+    total = len(data)  # type: ignore[arg-type]
+    if labels is not None and len(labels) != total:
+        raise DataError(f"{len(labels)} labels for {total} rows")
+    rows = np.arange(total)
+    if part is not None:
+        if not 0 <= part[0] < part[1] <= 1:
+            raise ConfigurationError(f"a part is (from, to) within [0, 1], not {tuple(part)}")
+        place = (hashed(torch.from_numpy(rows), seed) >> 10).numpy() / 2.0**53
+        rows = rows[(place >= part[0]) & (place < part[1])]
+    if classes is not None:
+        if len(set(classes)) != len(classes):
+            raise ConfigurationError(f"classes are named twice: {list(classes)}")
+        if labels is None:
+            known = np.array([int(data[int(row)][1]) for row in rows], dtype=np.int64)
+        else:
+            known = np.asarray(labels)[rows]
+        rows = rows[np.isin(known, list(classes))]
+    if len(rows) == 0:
+        wanted = f"a label in {list(classes)}" if classes is not None else "its place"
+        where = f"; the part was {tuple(part)}" if part is not None else ""
+        raise DataError(f"no row of {total} has {wanted}{where}")
+    return Selection(data, rows, classes)
 
 
 class Stream:
@@ -119,20 +182,25 @@ class Stream:
         self.start = start
         self._adapt = adapt
         self._workers = num_workers
-        self._data = _opened(data)
+        self._data = _opened(data, adapt)
 
     @property
     def repeatable(self) -> bool:
         """Whether the same rows come in the same order again."""
         if isinstance(self._data, DataLoader):
-            shuffles = isinstance(self._data.sampler, torch.utils.data.RandomSampler)
-            return not shuffles and not isinstance(self._data.dataset, IterableDataset)
+            return isinstance(_sampler(self._data), SequentialSampler)
         return not isinstance(self._data, Iterator | IterableDataset)
 
     @property
     def rows(self) -> int | None:
         """How many rows there are, where that is known before they are read."""
-        data = self._data.dataset if isinstance(self._data, DataLoader) else self._data
+        data = self._data
+        if isinstance(data, DataLoader):
+            sampler, batches = _sampler(data), data.batch_sampler
+            if not isinstance(sampler, Sized) or not isinstance(batches, BatchSampler):
+                return None
+            dropped = len(sampler) % batches.batch_size if batches.drop_last else 0
+            return len(sampler) - dropped
         if isinstance(data, Features | Batch) or (_is_dataset(data) and isinstance(data, Sized)):
             return len(data)
         return None
@@ -158,7 +226,13 @@ class Stream:
                 yield _rows(data, slice(first, first + self.batch_size))
             return
         if _is_dataset(data):
-            data = DataLoader(data, batch_size=self.batch_size, num_workers=self._workers)
+            # A loader without a generator of its own draws from the global one.
+            data = DataLoader(
+                data,
+                batch_size=self.batch_size,
+                num_workers=self._workers,
+                generator=torch.Generator(),
+            )
         try:
             iterator = iter(data)
         except TypeError:
@@ -173,16 +247,26 @@ _NOT_DATA = (
 )
 
 
-def _opened(data: Any) -> Any:
+def _opened(data: Any, adapt: Adapt | None) -> Any:
     if isinstance(data, str) or (isinstance(data, Mapping) and "kind" in data):
         from oodcore.plugins import registry
 
         data = registry.build("source", data)
     if isinstance(data, Source):
         return data.open()
-    if _is_array(data) or isinstance(data, tuple) or (isinstance(data, Mapping) and "input" in data):
-        return _batch(data)
+    texts = isinstance(data, list) and len(data) > 0 and _texts(data)
+    if texts or _is_array(data) or isinstance(data, tuple | Mapping):
+        return _batch(adapt(data) if adapt else data)
     return data
+
+
+def _sampler(loader: DataLoader[Any]) -> Any:
+    """What decides the order of a loader's rows; None where nobody can tell from outside."""
+    if isinstance(loader.dataset, IterableDataset):
+        return None
+    if loader.batch_sampler is None:
+        return loader.sampler
+    return loader.batch_sampler.sampler if type(loader.batch_sampler) is BatchSampler else None
 
 
 def _is_dataset(data: Any) -> TypeGuard[Dataset[Any]]:
@@ -215,7 +299,7 @@ def _batch(item: Any) -> Batch | Features:
                 f"a batch of {len(item)} parts cannot be read: give (x, y) or (x, y, id), or adapt="
             )
         parts = [*item, None, None][:3]
-    elif _is_array(item) or isinstance(item, list):
+    elif _is_array(item) or isinstance(item, list | tuple):
         parts = [item, None, None]
     else:
         raise DataError(_NOT_DATA.format(type(item).__name__))
@@ -228,12 +312,31 @@ def _inputs(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         if value.dtype == object:
             raise DataError("inputs are an array of objects; give numbers")
-        return torch.from_numpy(np.ascontiguousarray(value))
+        texts = value.dtype.kind == "U" and value.ndim == 1
+        return value.tolist() if texts else _tensor(value, "inputs")
     if isinstance(value, Mapping):
-        return {name: _inputs(part) for name, part in value.items()}
+        parts = {name: _inputs(part) for name, part in value.items()}
+        lengths = {name: _length(part) for name, part in parts.items()}
+        if len(set(lengths.values())) != 1:
+            raise DataError(f"a mapping of inputs needs parts of equal length, not {lengths}")
+        return parts
     if isinstance(value, Tensor) or (isinstance(value, list | tuple) and _texts(value)):
         return value
-    raise DataError(f"inputs of type {type(value).__name__} cannot be read; give a tensor or adapt=")
+    shown = type(value).__name__
+    raise DataError(f"inputs of type {shown} cannot be read; give a tensor, or adapt=")
+
+
+def _tensor(value: np.ndarray[Any, Any], name: str) -> Tensor:
+    """The tensor of an array, on the same memory wherever torch can share it."""
+    if not value.dtype.isnative or any(stride < 0 for stride in value.strides):
+        value = value.astype(value.dtype.newbyteorder("="), order="C")
+    try:
+        with warnings.catch_warnings():
+            # Nothing here writes to what a caller gave, so that a read-only array is no danger.
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            return torch.from_numpy(value)
+    except TypeError:
+        raise DataError(f"{name} are an array of {value.dtype}; give numbers") from None
 
 
 def _texts(value: Sequence[Any]) -> bool:
@@ -243,7 +346,10 @@ def _texts(value: Sequence[Any]) -> bool:
 def _integers(value: Any, rows: int, name: str) -> Tensor | None:
     if value is None:
         return None
-    tensor = torch.as_tensor(value)
+    try:
+        tensor = _tensor(value, name) if isinstance(value, np.ndarray) else torch.as_tensor(value)
+    except (TypeError, ValueError):
+        raise DataError(f"{name} must be integers, one a row, not {value!r:.80}") from None
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise DataError(f"{name} must be integers, not {str(tensor.dtype).removeprefix('torch.')}")
     if tensor.shape != (rows,):

@@ -175,7 +175,7 @@ class Features:
 
         This is the one place where a batch is cast; layers keep their type.
         """
-        device = self._device()
+        device = self.device
         wide = {"dtype": torch.float64, "device": device if device.type != "mps" else "cpu"}
         return replace(
             self,
@@ -225,7 +225,8 @@ class Features:
             head=parts[0].head,
         )
 
-    def _device(self) -> torch.device:
+    @property
+    def device(self) -> torch.device:
         for value in (self.embeddings, self.logits, *self.layers.values()):
             if value is not None:
                 return value.device

@@ -9,7 +9,8 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +101,8 @@ class Registry:
         if slot not in SLOTS:
             raise ConfigurationError(f"unknown slot '{slot}'; the slots are: {', '.join(SLOTS)}")
         self.load()
-        return dict(sorted(self._classes[slot].items()))
+        with self._lock:
+            return dict(sorted(self._classes[slot].items()))
 
     def build(self, slot: str, spec: Any) -> Component:
         """An instance from a kind, a mapping with a kind, or an instance (given back as it is).
@@ -111,15 +113,18 @@ class Registry:
         from pydantic import ValidationError
         from pydantic_core import PydanticCustomError
 
-        from oodcore.component import named
-        from oodcore.config import explain
+        from oodcore.component import Slot, named
 
         try:
             return named(slot, spec)
         except PydanticCustomError as error:
             raise ConfigurationError(f"{slot}: {error.message()}") from None
         except ValidationError as error:
-            raise ConfigurationError(explain(error, at=slot)) from None
+            from oodcore.document import Document
+        from oodcore.explain import explain
+
+            text = explain(error, at=slot, document=Document(spec), wanted=Slot(slot))
+            raise ConfigurationError(text) from None
 
     def owner(self, component: Component | type[Component]) -> Plugin | None:
         """The plugin that brought a component's class; None if nobody registered it."""
@@ -150,10 +155,11 @@ class Registry:
         """Register a plugin (a module or an object with hook implementations) by hand.
 
         Raises:
-            PluginError: the plugin is invalid or brings a kind that is taken; nothing is registered.
+            PluginError: the plugin is invalid or brings a kind that is taken; nothing is
+                registered.
         """
         self.load()
-        title = name or getattr(plugin, "__name__", type(plugin).__name__)
+        title = name or str(getattr(plugin, "__name__", type(plugin).__name__))
         record = Plugin(title, *_distribution_of(plugin), module=title)
         return self._admit(plugin, record)
 
@@ -184,32 +190,31 @@ class Registry:
                 self._loaded = True
             finally:
                 self._loading = False
+        for plugin in self._plugins:
+            if plugin.error:
+                text = f"plugin {plugin} is left out: {plugin.error}"
+                warnings.warn(text, PluginWarning, stacklevel=2)
 
     def _load(self, record: Plugin, entry: importlib.metadata.EntryPoint) -> None:
-        if any(plugin.module == record.module and not plugin.error for plugin in self._plugins):
+        if any(plugin.module == record.module for plugin in self._plugins):
             return
         try:
             self._admit(entry.load(), record)
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - a stranger's module may raise anything
+        except (Exception, SystemExit) as error:
             reason = str(error) if isinstance(error, PluginError) else repr(error)
             if os.environ.get("OODCORE_STRICT_PLUGINS") == "1":
                 raise PluginError(f"plugin {record} failed: {reason}") from error
-            failed = Plugin(
-                record.name, record.distribution, record.version, record.module, error=reason
-            )
-            self._plugins.append(failed)
-            warnings.warn(f"plugin {failed} is left out: {reason}", PluginWarning, stacklevel=4)
+            self._plugins.append(replace(record, error=reason))
 
     def _admit(self, plugin: Any, record: Plugin) -> Plugin:
         with self._lock:
-            self._staged = _Staged()
-            name = f"{record.distribution}:{record.name}"
-            if self._manager.is_registered(plugin) or self._manager.has_plugin(name):
+            if self._manager.is_registered(plugin):
                 raise PluginError(f"plugin {record.name} is registered already")
+            self._staged = _Staged()
             try:
-                self._manager.register(plugin, name=name)
+                self._manager.register(plugin, name=f"{record.distribution}:{id(plugin)}")
                 self._refuse_misspelt(plugin)
-                admitted = self._commit(record)
+                return self._commit(record)
             except BaseException as error:
                 if self._manager.is_registered(plugin):
                     self._manager.unregister(plugin)
@@ -218,7 +223,6 @@ class Registry:
                 raise
             finally:
                 self._staged = _Staged()
-            return admitted
 
     def _dismiss(self, plugin: Any, record: Plugin) -> None:
         with self._lock:
@@ -234,9 +238,12 @@ class Registry:
         return register
 
     def _refuse_misspelt(self, plugin: Any) -> None:
-        for caller in self._manager.get_hookcallers(plugin) or []:
-            strict = [i for i in caller.get_hookimpls() if i.plugin is plugin and not i.optionalhook]
-            if not caller.has_spec() and strict:
+        callers = self._manager.get_hookcallers(plugin)
+        if not callers:
+            raise PluginError("it brings nothing: no function in it is marked @oodcore.hookimpl")
+        for caller in callers:
+            own = [hook for hook in caller.get_hookimpls() if hook.plugin is plugin]
+            if not caller.has_spec() and not all(hook.optionalhook for hook in own):
                 from oodcore.component import suggestion
 
                 known = [f"register_{slot}s" for slot in SLOTS]
@@ -258,13 +265,7 @@ class Registry:
                     f"{record} brings the {slot} '{cls.kind}', which {owner} has brought already"
                 )
             taken[slot, cls.kind] = str(record)
-        admitted = Plugin(
-            record.name,
-            record.distribution,
-            record.version,
-            record.module,
-            tuple((slot, cls.kind) for slot, cls in staged),
-        )
+        admitted = replace(record, components=tuple((slot, cls.kind) for slot, cls in staged))
         for slot, cls in staged:
             self._classes[slot][cls.kind] = cls
             self._owners[slot, cls.kind] = admitted
@@ -288,20 +289,34 @@ def _entry_points() -> list[tuple[str, str, importlib.metadata.EntryPoint]]:
     allowed = None if admitted is None else {_normal(n.strip()) for n in admitted.split(",")}
     found: dict[tuple[str, str], tuple[str, str, importlib.metadata.EntryPoint]] = {}
     for entry in importlib.metadata.entry_points(group=GROUP):
-        name = _normal(entry.dist.name) if entry.dist else "unknown"
-        version = entry.dist.version if entry.dist else "unknown"
+        name, version = _identity(entry)
         if name == OWN or allowed is None or name in allowed:
             found.setdefault((name, entry.name), (name, version, entry))
     return sorted(found.values(), key=lambda item: (item[0] != OWN, item[0], item[2].name))
+
+
+def _identity(entry: importlib.metadata.EntryPoint) -> tuple[str, str]:
+    """Name and version of the distribution that declares an entry point.
+
+    A distribution whose metadata is damaged has neither, and must not take the others with it.
+    """
+    metadata = entry.dist.metadata if entry.dist else None
+    name, version = (metadata["Name"], metadata["Version"]) if metadata else (None, None)
+    return _normal(name) if name else "unknown", version or "unknown"
 
 
 def _distribution_of(plugin: Any) -> tuple[str, str]:
     """The distribution that installed a plugin's module, if one did."""
     module = getattr(plugin, "__module__", None) or getattr(plugin, "__name__", "")
     top = str(module).partition(".")[0]
-    for name in importlib.metadata.packages_distributions().get(top, ()):
+    for name in _packages().get(top, ()):
         return _normal(name), importlib.metadata.version(name)
     return "unnamed", "0"
+
+
+@cache
+def _packages() -> Mapping[str, list[str]]:
+    return importlib.metadata.packages_distributions()
 
 
 registry = Registry()

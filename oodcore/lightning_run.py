@@ -1,0 +1,182 @@
+"""Lightning's loop around an Engine: devices, processes, gradients, checkpoints and resuming."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    TorchElasticEnvironment,
+)
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import Tensor
+from torch.optim import Optimizer
+
+from oodcore.batches import Loader
+from oodcore.engine import Engine
+
+ENGINE = "oodcore"
+"""The engine's key in a checkpoint."""
+
+
+class Stopped(Exception):
+    """Leaves the loop between two steps, as a machine that goes away would."""
+
+
+@dataclass(frozen=True)
+class Drive:
+    """How an engine is driven through its epochs.
+
+    Args:
+        engine: the engine, at its start.
+        loader: its batches.
+        optimizer: of the model's parameters.
+        folder: where Lightning may leave files, were it to leave any.
+        gradient_clip: the norm that the gradient is clipped to, or None.
+        checkpoint: the file to resume from, or None.
+        after_step: called after each step, once it may be saved: ``save(path)`` writes a checkpoint.
+    """
+
+    engine: Engine
+    loader: Loader
+    optimizer: Optimizer
+    folder: Path
+    gradient_clip: float | None
+    checkpoint: Path | None
+    after_step: Callable[[Callable[[Path], None], bool], None]
+
+    def run(self) -> None:
+        """Train to the end of the last epoch, and let the engine finish.
+
+        Raises:
+            KeyboardInterrupt: the user's; Lightning would leave the interpreter instead.
+        """
+        previous = signal.getsignal(signal.SIGINT)
+        with _quiet():
+            try:
+                self._trainer().fit(
+                    _Module(self.engine, self.optimizer),
+                    train_dataloaders=self.loader,
+                    ckpt_path=self.checkpoint,
+                    weights_only=True,
+                )
+            except SystemExit as error:
+                if not isinstance(error.__context__, KeyboardInterrupt):
+                    raise
+                signal.signal(signal.SIGINT, previous)
+                raise KeyboardInterrupt from None
+
+    def _trainer(self) -> Trainer:
+        run = self.engine.run
+        environment: ClusterEnvironment = (
+            LightningEnvironment() if run.world == 1 else TorchElasticEnvironment()
+        )
+        strategy = (
+            SingleDeviceStrategy(device=run.device)
+            if run.world == 1
+            # A branch may be without a gradient in the epochs in which its weight is 0.
+            else DDPStrategy(find_unused_parameters=len(run.model.branches) > 0)
+        )
+        return Trainer(
+            accelerator="gpu" if run.device.type == "cuda" else "cpu",
+            strategy=strategy,
+            devices=int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if run.world > 1 else 1,
+            plugins=[environment],
+            max_epochs=run.epochs,
+            gradient_clip_val=self.gradient_clip,
+            callbacks=[_Follow(self.engine, self.after_step)],
+            default_root_dir=self.folder,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+        )
+
+
+class _Module(LightningModule):
+    """The model, and the calls of the engine at the places that Lightning has for them.
+
+    The states of the regularizers are no part of this module: Lightning would hand parameters of
+    other optimizers to DDP, and DDP would overwrite the buffers of all processes but one.
+    """
+
+    def __init__(self, engine: Engine, optimizer: Optimizer) -> None:
+        super().__init__()
+        self.model = engine.run.model
+        self._engine, self._optimizer = engine, optimizer
+
+    def configure_optimizers(self) -> Optimizer:
+        return self._optimizer
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._engine.learning_rate
+        self._engine.begin(*batch)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self._engine.total()
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
+    ) -> None:
+        optimizer.step(closure=self._engine.closure(optimizer_closure, self._optimizer))
+
+    def on_train_end(self) -> None:
+        self._engine.finish()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[ENGINE] = self._engine.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._engine.load_state_dict(checkpoint[ENGINE])
+
+
+class _Follow(Callback):
+    """Ends each step. A callback, for Lightning calls those before the module's own hook."""
+
+    def __init__(
+        self, engine: Engine, after_step: Callable[[Callable[[Path], None], bool], None]
+    ) -> None:
+        self._engine, self._after_step = engine, after_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        ends_epoch = self._engine.end()
+
+        def save(path: Path) -> None:
+            part = path.with_name(f".{path.name}.part")
+            trainer.save_checkpoint(part)
+            if trainer.is_global_zero:
+                os.replace(part, path)
+            trainer.strategy.barrier()
+
+        self._after_step(save, ends_epoch)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what Lightning says of itself; what anything else says still comes through."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"lightning\.")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

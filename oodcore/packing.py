@@ -1,0 +1,299 @@
+"""What an artifact says of a detector, and how a detector is made of it again."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+from torch import Tensor
+
+from oodcore.calibration import Calibration
+from oodcore.component import Component
+from oodcore.errors import ArtifactError, OodcoreError, PluginError
+from oodcore.features import Features, Head
+from oodcore.fitting import Fitting, Learnt, Recipe, scored, shaped
+from oodcore.index import Rows
+from oodcore.plugins import registry
+
+if TYPE_CHECKING:
+    from oodcore.detector import Detector
+
+SIZE_LIMIT = 2**26
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
+
+
+class _Shape(_Strict):
+    K: NonNegativeInt | None = None
+    D: NonNegativeInt | None = None
+    layers: dict[str, list[NonNegativeInt]] = Field(default_factory=dict)
+    head: bool = False
+
+
+class _Configuration(_Strict):
+    extractor: dict[str, Any] | None
+    shapers: list[dict[str, Any]]
+    scorer: dict[str, Any]
+    device: str
+    batch_size: int
+    num_workers: int
+    seed: int
+
+
+class _Learnt(_Strict):
+    scorer: dict[str, Any]
+    shapers: list[dict[str, Any]]
+    record: dict[str, Any]
+
+
+class _Calibration(_Strict):
+    scores: Tensor
+    false_alarm_rate: float
+
+
+class _Spool(_Strict):
+    columns: dict[str, Rows]
+    head: dict[str, Any] | None
+
+
+class _Store(_Strict):
+    rows: int
+    classes: int | None
+    held_out: bool
+    stores: dict[str, dict[str, Any]]
+    places: list[str]
+    spool: _Spool | None
+    held_spool: _Spool | None
+    example: _Spool
+
+
+class _Detector(_Strict):
+    """The form of a detector's document."""
+
+    configuration: _Configuration
+    components: list[list[str]]
+    fingerprint: str | None
+    shape: _Shape
+    learnt: _Learnt
+    calibration: _Calibration | None
+    store: _Store | None
+
+
+def versions(components: Iterable[Component]) -> dict[str, str]:
+    """The version of every distribution that brought one of these components, and of oodcore."""
+    found = {"oodcore": _own_version()}
+    for component in components:
+        for part in component.walk():
+            plugin = registry.owner(part)
+            if plugin is not None:
+                found[plugin.distribution] = plugin.version
+    return dict(sorted(found.items()))
+
+
+def surroundings(components: Iterable[Component]) -> dict[str, Any]:
+    """What results and artifacts record of where they were made."""
+    return {
+        "plugins": versions(components),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _own_version() -> str:
+    try:
+        return version("oodcore")
+    except PackageNotFoundError:
+        from oodcore import __version__
+
+        return __version__
+
+
+def packed_detector(detector: Detector, *, store: bool) -> dict[str, Any]:
+    """A fitted detector as plain values and states."""
+    return {"made_with": surroundings(_components(detector)), **_packed(detector, store=store)}
+
+
+def _components(detector: Detector) -> list[Component]:
+    extractor = [] if detector.extractor is None else [detector.extractor]
+    return [*extractor, *detector.shapers, detector.scorer]
+
+
+def _packed(detector: Detector, *, store: bool) -> dict[str, Any]:
+    learnt = detector.learnt
+    assert learnt is not None
+    needed = [part for component in _components(detector) for part in component.walk()]
+    origins = []
+    for part in needed:
+        plugin = registry.owner(part)
+        if plugin is None:
+            raise PluginError(
+                f"the {part.slot} '{part.kind}' is not registered, so it could not be loaded again: "
+                "install the plugin that brings it, or use registry.using(plugin)"
+            )
+        origins.append([part.slot, part.kind, plugin.distribution, plugin.version])
+    calibration = None
+    if detector.calibration is not None:
+        scores = torch.from_numpy(detector.calibration.scores.copy())
+        calibration = {"scores": scores, "false_alarm_rate": detector.false_alarm_rate}
+    return {
+        "configuration": {
+            "extractor": None if detector.extractor is None else detector.extractor.dump(),
+            "shapers": [shaper.dump() for shaper in detector.shapers],
+            "scorer": detector.scorer.dump(),
+            "device": detector.device,
+            "batch_size": detector.batch_size,
+            "num_workers": detector.num_workers,
+            "seed": detector.recipe.seed,
+        },
+        "components": [list(origin) for origin in dict.fromkeys(map(tuple, origins))],
+        "fingerprint": None if detector.model is None else detector.model.fingerprint(),
+        "shape": detector.shape,
+        "learnt": {
+            "scorer": learnt.scorer,
+            "shapers": list(learnt.shapers),
+            "record": dict(learnt.record),
+        },
+        "calibration": calibration,
+        "store": _packed_fitting(detector) if store else None,
+    }
+
+
+def _packed_fitting(detector: Detector) -> dict[str, Any] | None:
+    fitting = detector._fitting
+    if fitting is None:
+        return None
+    if len(fitting.recipes) > 1:
+        fitting = fitting.only(detector._name)
+    return fitting.packed()
+
+
+def unpacked_detector(packed: Mapping[str, Any], model: Any, allow: frozenset[str]) -> Detector:
+    """The detector that ``packed_detector`` described.
+
+    Raises:
+        ArtifactError: a document, a component or a state that is not as it should be.
+    """
+    fields = {k: v for k, v in packed.items() if k not in ("schema", "type", "made_with")}
+    try:
+        saved = _Detector.model_validate(fields)
+    except ValidationError as error:
+        from oodcore.config import explain
+
+        raise ArtifactError(f"detector.json: {explain(error)}") from None
+    _refuse_missing(saved.components)
+    try:
+        return _rebuilt(saved, model, allow)
+    except ArtifactError:
+        raise
+    except OodcoreError as error:
+        raise ArtifactError(f"this artifact cannot be used: {error}") from error
+
+
+def _refuse_missing(components: list[list[str]]) -> None:
+    for origin in components:
+        if len(origin) != 4 or origin[0] not in ("extractor", "statistic", "scorer", "shaper"):
+            raise ArtifactError(f"detector.json names a component that cannot be: {origin}")
+        slot, kind, distribution, release = origin
+        if registry.find(slot, kind) is None:
+            raise ArtifactError(
+                f"the {slot} '{kind}' comes from {distribution} {release}, which is not installed: "
+                f"pip install '{distribution}=={release}'"
+            )
+
+
+def _rebuilt(saved: _Detector, model: Any, allow: frozenset[str]) -> Detector:
+    from oodcore.detector import Detector
+
+    configuration = saved.configuration
+    extractor = configuration.extractor
+    if extractor is not None and model is None:
+        model = registry.build("extractor", extractor)
+        if refused := sorted(set(model.code()) - allow):
+            raise ArtifactError(
+                f"this artifact runs {', '.join(refused)}: allow it by name if you trust it "
+                f"(allow={refused!r}, or --allow {refused[0]}), or give model="
+            )
+    detector = Detector(
+        model,
+        scorer=configuration.scorer,
+        shapers=configuration.shapers,
+        device=configuration.device if extractor is not None else "auto",
+        batch_size=configuration.batch_size,
+        num_workers=configuration.num_workers,
+        seed=configuration.seed,
+    )
+    loaded = detector.model
+    if loaded is not None and saved.fingerprint and loaded.fingerprint() != saved.fingerprint:
+        raise ArtifactError(
+            "this detector was fitted on a model with other weights or preprocessing "
+            f"(fingerprint {saved.fingerprint[:12]}, not {loaded.fingerprint()[:12]})"
+        )
+    if len(saved.learnt.shapers) != len(detector.shapers):
+        raise ArtifactError("detector.json: the shapers and their states do not match")
+    device = loaded.device if loaded is not None else torch.device("cpu")
+    detector.learnt = _on_device(saved.learnt, device)
+    detector.shape = saved.shape.model_dump()
+    _try(detector.recipe, detector.learnt, saved.shape, device)
+    if saved.calibration is not None:
+        scores = saved.calibration.scores
+        if scores.dtype != torch.float64 or scores.ndim != 1 or not len(scores):
+            raise ArtifactError("the calibration scores are not a row of numbers")
+        detector.calibration = Calibration.of(scores.numpy())
+        detector.calibration.threshold(saved.calibration.false_alarm_rate)
+        detector.false_alarm_rate = saved.calibration.false_alarm_rate
+    if saved.store is not None:
+        detector._fitting = Fitting.unpacked(
+            saved.store.model_dump(), {detector._name: detector.recipe}
+        )
+    return detector
+
+
+def _on_device(learnt: _Learnt, device: torch.device) -> Learnt:
+    from oodcore.statistics import map_state
+
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.to(device)
+
+    return Learnt(
+        map_state(learnt.scorer, move),
+        tuple(map_state(state, move) for state in learnt.shapers),
+        learnt.record,
+    )
+
+
+def _try(recipe: Recipe, learnt: Learnt, shape: _Shape, device: torch.device) -> None:
+    """Score two made-up rows, so that a state of wrong names, types or shapes is refused at once."""
+    if "inputs" in recipe.needs() or (shape.K is None and shape.D is None):
+        return
+    sizes = [shape.K or 1, shape.D or 1, (shape.K or 1) * (shape.D or 1)]
+    sizes += [torch.Size(layer).numel() for layer in shape.layers.values()]
+    if max(sizes) > SIZE_LIMIT:
+        raise ArtifactError(f"detector.json: features of K = {shape.K}, D = {shape.D} cannot be")
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*size: int) -> Tensor:
+        return torch.rand(*size, generator=generator, dtype=torch.float64).to(device)
+
+    head = Head(drawn(shape.K, shape.D)) if shape.K and shape.D and shape.head else None
+    features = Features(
+        embeddings=None if shape.D is None else drawn(2, shape.D),
+        logits=None if shape.K is None else drawn(2, shape.K),
+        ids=torch.arange(2, device=device),
+        layers={name: drawn(2, *size) for name, size in shape.layers.items()},
+        head=head,
+    )
+    try:
+        with torch.no_grad():
+            scored(shaped(features, recipe.shapers, learnt.shapers), recipe, learnt)
+    except OodcoreError as error:
+        if "not finite" not in str(error):
+            raise ArtifactError(f"the state does not fit the configuration: {error}") from error
+    except Exception as error:
+        raise ArtifactError(f"the state does not fit the configuration: {error!r}") from error

@@ -1,0 +1,201 @@
+"""RunFolder: what a training run leaves, and how its model is made of it again."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from oodcore.engine import prepare_model, taking_part
+from oodcore.errors import ArtifactError
+from oodcore.regularizer import Run, TrainModel
+from oodcore.training_config import Blueprint, TrainingConfig
+
+SCHEMA = 1
+CONFIG, RECORD, METRICS = "config.json", "run.json", "metrics.csv"
+WEIGHTS, CHECKPOINTS = "model.safetensors", "checkpoints"
+SHAPE = ("classes", "width", "input_shape", "rows", "epochs", "steps_per_epoch", "seed")
+"""The fields of a Run that a finished run records."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one training run.
+
+    ``config.json`` (as validated) and ``metrics.csv`` (a row an epoch) are there from the start,
+    ``checkpoints/`` while it runs; ``model.safetensors`` and at last ``run.json`` when it is done.
+    """
+
+    path: Path
+
+    @property
+    def started(self) -> bool:
+        """Whether a run was begun here."""
+        return (self.path / CONFIG).is_file()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end."""
+        return (self.path / RECORD).is_file()
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The newest checkpoint, or None."""
+        found = sorted((self.path / CHECKPOINTS).glob("step-*.ckpt"))
+        return found[-1] if found else None
+
+    def checkpoint_at(self, step: int) -> Path:
+        """Where the checkpoint after so many steps belongs."""
+        return self.path / CHECKPOINTS / f"step-{step:012d}.ckpt"
+
+    def start(self, config: TrainingConfig, *, resume: bool, overwrite: bool) -> None:
+        """Make the folder ready for a run, or for the rest of one.
+
+        Raises:
+            ArtifactError: there is a run and neither ``resume`` nor ``overwrite``, the run that is
+                to be resumed has another configuration, or there is something that is no run.
+        """
+        if not self.started and self.path.exists() and any(self.path.iterdir()):
+            raise ArtifactError(f"{self.path} holds something that is no training run; move it away")
+        if self.started and not resume and not overwrite:
+            state = "a finished run" if self.finished else "a run that can go on with resume=True"
+            raise ArtifactError(
+                f"{self.path} holds {state}; give overwrite=True to replace it, or another folder"
+            )
+        if self.started and resume:
+            self._refuse_another(config)
+            return
+        for name in (RECORD, WEIGHTS, METRICS, CONFIG):
+            (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
+        (self.path / CHECKPOINTS).mkdir(parents=True)
+        self._write(CONFIG, _json(config.dump()))
+
+    def keep_newest(self) -> None:
+        """Remove every checkpoint but the newest."""
+        for path in sorted((self.path / CHECKPOINTS).glob("step-*.ckpt"))[:-1]:
+            path.unlink()
+
+    def write_metrics(self, history: Sequence[Mapping[str, float]]) -> None:
+        """One row an epoch; a number that an epoch does not have is an empty cell."""
+        names = list(dict.fromkeys(name for row in history for name in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(history)
+        self._write(METRICS, text.getvalue().encode())
+
+    def finish(self, run: Run, record: Mapping[str, Any]) -> None:
+        """The weights, then the record that says that the run is done; the checkpoints go."""
+        tensors = {
+            name: value.detach().cpu().contiguous() for name, value in run.model.state_dict().items()
+        }
+        weights = save(tensors)
+        self._write(WEIGHTS, weights)
+        shape = {name: getattr(run, name) for name in SHAPE}
+        document = {
+            "schema": SCHEMA,
+            **shape,
+            "head": run.model.head_name,
+            "fingerprint": hashlib.sha256(weights).hexdigest(),
+            **record,
+        }
+        self._write(RECORD, _json(document))
+        shutil.rmtree(self.path / CHECKPOINTS)
+
+    def load(self) -> tuple[TrainModel, Blueprint]:
+        """The model that the run left, on the CPU in evaluation mode, and what it was made by.
+
+        Neither the training data nor its source is needed.
+
+        Raises:
+            ArtifactError: no finished run, a file that is damaged or of another schema, or weights
+                that do not fit the network.
+        """
+        if not self.finished:
+            what = "a run that did not finish" if self.started else "no training run"
+            raise ArtifactError(f"{self.path} holds {what}; run.json is missing")
+        record, blueprint = self._record(), self.blueprint()
+        weights = self.path / WEIGHTS
+        if hashlib.sha256(weights.read_bytes()).hexdigest() != record["fingerprint"]:
+            raise ArtifactError(f"{weights} is not the file that the run wrote; it is damaged")
+        seed = record["seed"]
+        model = TrainModel(blueprint.network.build(seed), record["head"])
+        fields = {name: record[name] for name in SHAPE}
+        run = Run(model=model, **{**fields, "input_shape": tuple(fields["input_shape"])})
+        prepare_model(run, taking_part(blueprint.regularizers))
+        try:
+            run.model.load_state_dict(load_file(weights))
+        except (RuntimeError, SafetensorError) as error:
+            raise ArtifactError(
+                f"{weights} does not fit the network of {self.path / CONFIG}: {error}"
+            ) from None
+        return run.model.eval(), blueprint
+
+    def blueprint(self) -> Blueprint:
+        """Network, preprocessing and regularizers of the run, as configured.
+
+        Raises:
+            ArtifactError: there is no run, or its configuration cannot be read.
+        """
+        document = self._read(CONFIG)
+        parts = {name: document[name] for name in Blueprint.model_fields if name in document}
+        try:
+            return Blueprint.model_validate(parts)
+        except ValidationError as error:
+            from oodcore.config import explain
+
+            raise ArtifactError(explain(error, at=str(self.path / CONFIG))) from None
+
+    def _refuse_another(self, config: TrainingConfig) -> None:
+        before, given = self._read(CONFIG), config.learning()
+        changed = [name for name, value in given.items() if before.get(name) != value]
+        if changed:
+            shown = ", ".join(
+                f"{name} was {json.dumps(before.get(name))} and is {json.dumps(given[name])}"
+                for name in changed
+            )
+            raise ArtifactError(f"{self.path} cannot be resumed with another configuration: {shown}")
+
+    def _record(self) -> dict[str, Any]:
+        record = self._read(RECORD)
+        if record.get("schema") != SCHEMA:
+            raise ArtifactError(
+                f"{self.path / RECORD} has schema {record.get('schema')}, and this oodcore reads "
+                f"{SCHEMA}; update oodcore"
+            )
+        if missing := {*SHAPE, "head", "fingerprint"} - record.keys():
+            raise ArtifactError(f"{self.path / RECORD} lacks {', '.join(sorted(missing))}")
+        return record
+
+    def _read(self, name: str) -> dict[str, Any]:
+        try:
+            document = json.loads((self.path / name).read_bytes())
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"{self.path / name} cannot be read: {error}") from None
+        if not isinstance(document, dict):
+            raise ArtifactError(f"{self.path / name} is no JSON object")
+        return document
+
+    def _write(self, name: str, content: bytes) -> None:
+        part = self.path / f".{name}.part"
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, self.path / name)
+
+
+def _json(document: Mapping[str, Any]) -> bytes:
+    return (json.dumps(document, indent=2, allow_nan=False) + "\n").encode()

@@ -1,0 +1,85 @@
+"""Mahalanobis distance to the nearest class mean, under one tied covariance."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from oodcore import Features, FeatureStore, Paper, Scorer, Statistic, hookimpl
+from oodcore.errors import DataError
+from oodcore.features import required
+from oodcore.hookspecs import Register
+from oodcore.statistics import ClassMoments, State
+
+CUT_OFF = 1e-10
+"""Directions whose variance is below this share of the largest carry no information."""
+
+
+class Mahalanobis(Scorer):
+    """``-min_k (h - mu_k)' S^+ (h - mu_k)``, in squared standard deviations, at most 0.
+
+    ``mu_k`` are the class means of the embeddings and ``S`` is the tied within-class covariance,
+    divided by the number of rows. ``S^+`` is the pseudo-inverse: directions with less than 1e-10 of
+    the largest variance (dead features) are ignored. Classes without rows are left out.
+
+    This is the paper's score on the penultimate features, without its input perturbation (see
+    ``perturbed``) and without further layers.
+    """
+
+    kind = "mahalanobis"
+    paper = Paper(
+        "A Simple Unified Framework for Detecting Out-of-Distribution Samples and Adversarial Attacks",
+        "Kimin Lee, Kibok Lee, Honglak Lee, Jinwoo Shin",
+        "NeurIPS",
+        2018,
+        "https://arxiv.org/abs/1807.03888",
+    )
+
+    def needs(self) -> frozenset[str]:
+        return frozenset({"embeddings"})
+
+    def statistics(self) -> tuple[Statistic, ...]:
+        return (ClassMoments(),)
+
+    def fit(self, store: FeatureStore) -> State:
+        moments = store[ClassMoments()]
+        whitening = whiten(moments.covariance)
+        centre = moments.total_mean
+        means = moments.mean[moments.present]
+        return {"centre": centre, "whitening": whitening, "means": (means - centre) @ whitening}
+
+    def score(self, features: Features, state: State) -> Tensor:
+        rows = required(features.embeddings, "embeddings") - state["centre"]
+        return -nearest(rows @ state["whitening"], state["means"])
+
+
+def whiten(covariance: Tensor) -> Tensor:
+    """``[D, r]`` with ``whitening @ whitening.T`` the pseudo-inverse of a covariance ``[D, D]``.
+
+    Raises:
+        DataError: the covariance is zero.
+    """
+    variances, directions = torch.linalg.eigh(covariance)
+    kept = variances > CUT_OFF * variances[-1]
+    if variances[-1] <= 0 or not bool(kept.any()):
+        raise DataError(
+            "the embeddings do not vary within their classes, so there is no covariance: "
+            "give more than one row a class"
+        )
+    return directions[:, kept] / variances[kept].sqrt()
+
+
+def nearest(rows: Tensor, means: Tensor) -> Tensor:
+    """The squared Euclidean distance of each row to its nearest mean, ``[N]``.
+
+    One product finds the nearest; only its distance is computed as a difference, free of
+    cancellation.
+    """
+    with torch.no_grad():
+        found = (rows @ means.T - means.square().sum(dim=1) / 2).argmax(dim=1)
+    return (rows - means[found]).square().sum(dim=1)
+
+
+@hookimpl
+def register_scorers(register: Register) -> None:
+    register(Mahalanobis)

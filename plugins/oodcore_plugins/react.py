@@ -1,0 +1,76 @@
+"""ReAct: activations clipped at a percentile of the training rows'."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import numpy as np
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor
+
+from oodcore import Features, FeatureStore, Paper, Shaper, Statistic, hookimpl
+from oodcore.errors import DataError
+from oodcore.features import required
+from oodcore.hookspecs import Register
+from oodcore.statistics import Sample, State
+
+
+class ReAct(Shaper):
+    """``h' = min(h, c)``, with c a percentile of all activations of the training rows, pooled.
+
+    Made for activations after a ReLU: a negative c is refused. The percentile interpolates linearly
+    between the two nearest values.
+
+    Args:
+        percentile: of the activations, in percent; the paper uses 90.
+        sample: how many training rows the percentile is taken over; it is exact up to as many, and
+            that of a uniform sample of them beyond.
+    """
+
+    kind = "react"
+    paper = Paper(
+        "ReAct: Out-of-distribution Detection With Rectified Activations",
+        "Yiyou Sun, Chuan Guo, Yixuan Li",
+        "NeurIPS",
+        2021,
+        "https://arxiv.org/abs/2111.12797",
+    )
+    percentile: Annotated[float, Field(gt=0, le=100)] = 90.0
+    sample: PositiveInt = 50_000
+
+    def needs(self) -> frozenset[str]:
+        return frozenset({"embeddings"})
+
+    def statistics(self) -> tuple[Statistic, ...]:
+        return (Sample(capacity=self.sample),)
+
+    def fit(self, store: FeatureStore) -> State:
+        rows = store[Sample(capacity=self.sample)].embeddings.tensor()
+        threshold = percentile(rows, self.percentile)
+        if threshold < 0:
+            raise DataError(
+                f"react: the {self.percentile:g}th percentile of the activations is "
+                f"{threshold:.4g}; clipping there makes sense only for activations of at least 0"
+            )
+        return {"threshold": torch.tensor(threshold, dtype=torch.float64)}
+
+    def apply(self, features: Features, state: State) -> Features:
+        rows = required(features.embeddings, "embeddings")
+        return features.with_embeddings(rows.clamp_max(state["threshold"].to(rows)))
+
+
+def percentile(values: Tensor, percent: float) -> float:
+    """A percentile of all numbers of a tensor, linear between the nearest two."""
+    flat = values.flatten().numpy()
+    place = (flat.size - 1) * percent / 100
+    low = int(place)
+    high = min(low + 1, flat.size - 1)
+    ordered = np.partition(flat, [low, high])
+    share = place - low
+    return float(ordered[low]) * (1 - share) + float(ordered[high]) * share
+
+
+@hookimpl
+def register_shapers(register: Register) -> None:
+    register(ReAct)
