@@ -65,6 +65,13 @@ class Rows:
             return self.prepare(default_collate(rows))
         return torch.cat([self.prepare(default_collate([row])) for row in rows])
 
+    def parts(self, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+        """This process's share of all rows, in their order."""
+        for first in range(0, len(self), batch_size * world):
+            numbers = range(first, min(first + batch_size * world, len(self)))[rank::world]
+            if numbers:
+                yield self.read(numbers)
+
     def count_classes(self) -> int:
         """The largest label plus one; reads every row, unless the data set has ``labels``.
 
@@ -199,11 +206,6 @@ class Loader:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Nothing, as above."""
-
-
-def prepared(preprocess: Prepare | None) -> Prepare | None:
-    """Preprocessing on the CPU, without a gradient; None where there is none."""
-    return None if preprocess is None else torch.no_grad()(preprocess)
 
 
 def joined(parts: Iterable[Any]) -> Any:

@@ -224,8 +224,8 @@ def _eager(module: nn.Module) -> Iterator[None]:
 def _once(what: str, times: int) -> None:
     if times == 0:
         raise ConfigurationError(
-            f"{what} did not run: the model does not call it for these inputs, or not in a way that "
-            "hooks see (its weights used directly, a scripted part); name another"
+            f"{what} did not run: the model does not call it for these inputs, or hooks do not see "
+            "it (its weights are used directly, or it is in a scripted part); name another"
         )
     if times > 1:
         raise ConfigurationError(

@@ -184,7 +184,7 @@ class Detector:
         Raises:
             ConfigurationError: too few rows for the rate; the message says how many are needed.
         """
-        calibration = Calibration.of(self.score(data))
+        calibration = Calibration(self.score(data))
         calibration.threshold(false_alarm_rate)
         self.calibration, self.false_alarm_rate = calibration, false_alarm_rate
         return self

@@ -26,7 +26,7 @@ from oodcore.errors import ConfigurationError
 Route = tuple[str | int, ...]
 """Where in a configuration: keys and positions in lists, from the top."""
 
-LARGEST = 1_000_000
+LARGEST = 500_000
 """The size of the largest file that is read, in bytes."""
 DEEPEST = 40
 """How many mappings and lists may stand inside each other."""
@@ -66,7 +66,7 @@ def read(path: str | Path) -> Document:
     ``2024-01-01`` are texts. Tags and aliases are refused, for a file may come from a stranger.
 
     Raises:
-        ConfigurationError: no such file, larger than 1 MB, no UTF-8, no YAML, empty, a key that is
+        ConfigurationError: no such file, larger than 500 kB, no UTF-8, no YAML, empty, a key that is
             given twice or is no text, no mapping. The message begins with file and line.
     """
     name = str(path)
@@ -137,8 +137,8 @@ class _Reading:
     def _node(self, event: NodeEvent) -> None:
         if isinstance(event, AliasEvent):
             self._fail(event, f"the alias *{event.anchor}: aliases are not read; repeat the value")
-        if getattr(event, "tag", None) is not None:
-            self._fail(event, f"the tag {event.tag}: tags are not read; quote what is text")
+        if tag := getattr(event, "tag", None):
+            self._fail(event, f"the tag {tag}: tags are not read; quote what is text")
         parent = self._open[-1] if self._open else None
         if parent is not None and isinstance(parent.value, dict) and parent.key is None:
             self._key(event, parent)

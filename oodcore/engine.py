@@ -66,7 +66,8 @@ class Engine:
         prepare_model(run, self.regularizers)
         run.model.to(run.device).train()
         for part in self.regularizers:
-            self._put("build", part.kind)
+            # What is not saved for each process must begin alike in all of them.
+            self._put("build", part.kind, rank=run.rank if part.per_rank else 0)
             state = part.build(run)
             self.states[part.kind] = None if state is None else state.to(run.device)
             self.schedule = part.wrap_schedule(self.schedule, run)
@@ -203,7 +204,7 @@ class Engine:
             Diverged: a weight is not finite.
         """
         for part in self.regularizers:
-            self._put("finish", part.kind)
+            self._put("finish", part.kind, rank=0)
             part.finish(self.run, self.states[part.kind])
         for name, value in self.run.model.state_dict().items():
             if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
@@ -216,7 +217,9 @@ class Engine:
             state = self.states[part.kind]
             if state is not None:
                 saved[part.kind] = (
-                    _all_ranks(self.run, state.state_dict()) if part.per_rank else state.state_dict()
+                    _all_ranks(self.run, state.state_dict())
+                    if part.per_rank
+                    else state.state_dict()
                 )
         return {
             "index": self.index,
@@ -248,9 +251,7 @@ class Engine:
 
     def _forward_all(self) -> Features:
         """The one forward; gives the batch's own features, and each step what is its."""
-        every = self.forward(
-            joined([self._inputs, *self._extra.values()]), stats=self._repeat == 0
-        )
+        every = self.forward(joined([self._inputs, *self._extra.values()]), stats=self._repeat == 0)
         rows = len(self._labels)
         own = replace(every[:rows], labels=self._labels, ids=self._ids)
         if len(every) != rows + sum(length(extra) for extra in self._extra.values()):
@@ -270,8 +271,9 @@ class Engine:
                 f"{LIMIT:.0e}: {shown}; {CURE}"
             )
 
-    def _put(self, phase: str, kind: str = "") -> None:
-        where = place(self.run.seed, phase, kind, self.index, self.run.rank)
+    def _put(self, phase: str, kind: str = "", rank: int | None = None) -> None:
+        rank = self.run.rank if rank is None else rank
+        where = place(self.run.seed, phase, kind, self.index, rank)
         put_global(self.run.device, where)
         if kind:
             self._generators[kind].manual_seed(where)
@@ -295,16 +297,17 @@ class Engine:
         modes = [(module, module.training) for module in model.modules()]
         model.eval()
         try:
-            hits = losses = rows = 0.0
+            own = [0.0, 0.0, 0.0]
             for batch in batches:
                 logits = required(model(batch.inputs).logits, "logits")
                 labels = required(batch.labels, "labels")
-                hits += float((logits.argmax(dim=1) == labels).sum())
-                losses += float(cross_entropy(logits, labels, reduction="sum"))
-                rows += len(labels)
+                own[0] += float((logits.argmax(dim=1) == labels).sum())
+                own[1] += float(cross_entropy(logits, labels, reduction="sum"))
+                own[2] += len(labels)
         finally:
             for module, training in modes:
                 module.training = training
+        hits, losses, rows = map(sum, zip(*_all_ranks(self.run, own), strict=True))
         return {"validation/accuracy": hits / rows, "validation/loss": losses / rows}
 
 

@@ -234,8 +234,8 @@ class FeatureModel:
     def _rerun(self, inputs: Any, edit: Edit | None = None) -> Features:
         inputs = _cast(to_device(_readable(inputs), self.device), self._dtype)
         with self._lock:
-            if edit and self.head == "auto" and self._memory.head is None:
-                self._extract(inputs, {})  # an edited call may hide which layer is the head
+            if edit and isinstance(self.head, str) and self._memory.head is None:
+                self._extract(inputs, {})  # an edited call may hide what is the head
             return self._extract(inputs, edit or {})
 
     @property
@@ -265,7 +265,7 @@ class FeatureModel:
         name = known if isinstance(known, str) else find_head(call, self.module, output)
         firing = call.head(name)
         part = submodule(self.module, name)
-        if self._memory.head is None:
+        if self._memory.head is None and not edit:
             self._remember(name, part, firing)
         return Features(
             embeddings=firing.embeddings,
@@ -333,7 +333,8 @@ def _readable(inputs: Any) -> Any:
 
 def _described(inputs: Any) -> str:
     if isinstance(inputs, Mapping):
-        return f"a mapping of { ({name: type(value).__name__ for name, value in inputs.items()}) }"
+        types = ", ".join(f"{name}: {type(value).__name__}" for name, value in inputs.items())
+        return f"a mapping of {types or 'nothing'}"
     if isinstance(inputs, np.ndarray):
         return f"an array of {inputs.dtype}"
     if isinstance(inputs, list | tuple) and inputs:

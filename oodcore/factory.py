@@ -1,4 +1,4 @@
-"""Factories: the importable code that a configuration may name, and how it is called."""
+"""Factories: the importable code that a configuration may name, and the networks it builds."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -18,7 +19,8 @@ from pydantic import (
     WithJsonSchema,
 )
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from oodcore.errors import ConfigurationError
 
@@ -103,7 +105,9 @@ class Arguments(Mapping[str, Any]):
 
 def _name(name: Any) -> str:
     if not isinstance(name, str) or not name.isidentifier():
-        raise ValueError(f"{name!r} cannot be the name of an argument")
+        raise PydanticCustomError(
+            "not_a_name", "{name} cannot be the name of an argument", {"name": repr(name)}
+        )
     return str(name)
 
 
@@ -113,15 +117,16 @@ def _frozen(name: str, value: Any) -> Any:
     if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name}: {value} is not finite")
+        raise PydanticCustomError("not_finite", "{name} is not finite", {"name": name})
     for plain in (bool, int, float, str):
         if isinstance(value, plain):
             return plain(value)
     if value is None:
         return None
-    raise ValueError(
-        f"{name}: an argument is a number, text, true, false, null or a list of these, not a "
-        f"{type(value).__name__}"
+    raise PydanticCustomError(
+        "not_an_argument",
+        "{name} is a {given}; an argument is a number, text, true, false, null or a list of these",
+        {"name": name, "given": type(value).__name__},
     )
 
 
@@ -187,3 +192,74 @@ def network(name: str, arguments: Mapping[str, Any], seed: int = 0) -> nn.Module
             f"'{name}' gave a {type(module).__name__}, and a torch.nn.Module is needed"
         )
     return module
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Give a module the weights in a file, all of them, without running any code in it.
+
+    The file is a ``.safetensors``, or a torch checkpoint (read with ``weights_only=True``): a state
+    dict, or a mapping with one as its ``state_dict``. Of weights that a module shares between
+    layers, one name is enough.
+
+    Raises:
+        ConfigurationError: no such file, not readable in this way, or names or shapes that are not
+            the module's.
+    """
+    state = _state_dict(path)
+    own = module.state_dict()
+    try:
+        missing, unexpected = module.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise ConfigurationError(
+            f"the weights in {path} do not fit {type(module).__name__}: {error}"
+        ) from None
+    given = {_place(own[name]) for name in state if name in own}
+    missing = [name for name in missing if _place(own[name]) not in given]
+    if missing or unexpected:
+        faults = [
+            f"{what} {_names(names)}"
+            for what, names in (("it lacks", missing), ("it has unknown", unexpected))
+            if names
+        ]
+        prefix = next((p for p in ("module.", "_orig_mod.") if _all_start(unexpected, p)), None)
+        cure = (
+            f"; save the state dict of the unwrapped module, without '{prefix}'" if prefix else ""
+        )
+        raise ConfigurationError(
+            f"the weights in {path} do not fit {type(module).__name__}: {'; '.join(faults)}{cure}"
+        )
+
+
+def _state_dict(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise ConfigurationError(f"there is no file of weights {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ConfigurationError(
+            f"the weights in {path} cannot be read without running code from the file: {error}; "
+            "save the state dict as safetensors"
+        ) from error
+    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]
+    if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
+        raise ConfigurationError(f"{path} holds a {type(state).__name__}, not a state dict")
+    return state
+
+
+def _place(value: Any) -> tuple[Any, ...]:
+    """What two names of one tensor have in common."""
+    if not isinstance(value, Tensor) or not value.numel():
+        return (id(value),)
+    return value.data_ptr(), value.shape, value.stride(), value.dtype
+
+
+def _names(names: list[str]) -> str:
+    shown = ", ".join(names[:8])
+    return f"{shown}, and {len(names) - 8} more" if len(names) > 8 else shown
+
+
+def _all_start(names: list[str], prefix: str) -> bool:
+    return bool(names) and all(name.startswith(prefix) for name in names)

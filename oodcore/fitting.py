@@ -29,6 +29,7 @@ from oodcore.statistics import State, Statistic
 from oodcore.store import (
     FeatureStore,
     class_count,
+    labelling,
     missing_fields,
     packed_head,
     unpacked_head,
@@ -485,7 +486,7 @@ class Fitting:
 
     def _learnt(self, progress: _Progress) -> Learnt:
         assert progress.scorer is not None
-        store = self.stores.get(progress.place())
+        assert self._example is not None
         held: dict[str, Any] | None = None
         if progress.recipe.holds_out:
             held = (
@@ -496,7 +497,7 @@ class Fitting:
         record = {
             "rows": self.rows,
             "classes": self.classes,
-            "labelling": store.labelling if store else None,
+            "labelling": labelling(self._example),
             "held_out": held,
         }
         return Learnt(progress.scorer, tuple(progress.shapers), record)

@@ -8,7 +8,6 @@ import signal
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from lightning.fabric.plugins.environments import (
     TorchElasticEnvironment,
 )
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -29,80 +28,91 @@ ENGINE = "oodcore"
 """The engine's key in a checkpoint."""
 
 
-class Stopped(Exception):
+Save = Callable[[Path], None]
+AfterStep = Callable[[Save, bool], bool]
+"""Called after each step with a way to write a checkpoint, and whether the step ended an epoch;
+whether to go on."""
+
+
+class _Stopped(Exception):
     """Leaves the loop between two steps, as a machine that goes away would."""
 
 
-@dataclass(frozen=True)
-class Drive:
-    """How an engine is driven through its epochs.
+def drive(
+    engine: Engine,
+    loader: Loader,
+    optimizer: Optimizer,
+    *,
+    folder: Path,
+    checkpoint: Path | None,
+    gradient_clip: float | None,
+    after_step: AfterStep,
+) -> bool:
+    """Train an engine to the end of its last epoch, and let it finish.
 
     Args:
         engine: the engine, at its start.
         loader: its batches.
-        optimizer: of the model's parameters.
-        folder: where Lightning may leave files, were it to leave any.
-        gradient_clip: the norm that the gradient is clipped to, or None.
+        optimizer: of its model's parameters.
+        folder: where Lightning would put files, had it any.
         checkpoint: the file to resume from, or None.
-        after_step: called after each step, once it may be saved: ``save(path)`` writes a checkpoint.
+        gradient_clip: the norm that the gradient is clipped to, or None.
+        after_step: see ``AfterStep``.
+
+    Returns:
+        False if ``after_step`` ended the run before its end.
+
+    Raises:
+        KeyboardInterrupt: the user's; Lightning would leave the interpreter instead.
     """
+    previous = signal.getsignal(signal.SIGINT)
+    with _quiet():
+        try:
+            _trainer(engine, folder, gradient_clip, after_step).fit(
+                _Module(engine, optimizer),
+                train_dataloaders=loader,
+                ckpt_path=checkpoint,
+                weights_only=True,
+            )
+        except _Stopped:
+            return False
+        except SystemExit as error:
+            if not isinstance(error.__context__, KeyboardInterrupt):
+                raise
+            signal.signal(signal.SIGINT, previous)
+            raise KeyboardInterrupt from None
+    return True
 
-    engine: Engine
-    loader: Loader
-    optimizer: Optimizer
-    folder: Path
-    gradient_clip: float | None
-    checkpoint: Path | None
-    after_step: Callable[[Callable[[Path], None], bool], None]
 
-    def run(self) -> None:
-        """Train to the end of the last epoch, and let the engine finish.
-
-        Raises:
-            KeyboardInterrupt: the user's; Lightning would leave the interpreter instead.
-        """
-        previous = signal.getsignal(signal.SIGINT)
-        with _quiet():
-            try:
-                self._trainer().fit(
-                    _Module(self.engine, self.optimizer),
-                    train_dataloaders=self.loader,
-                    ckpt_path=self.checkpoint,
-                    weights_only=True,
-                )
-            except SystemExit as error:
-                if not isinstance(error.__context__, KeyboardInterrupt):
-                    raise
-                signal.signal(signal.SIGINT, previous)
-                raise KeyboardInterrupt from None
-
-    def _trainer(self) -> Trainer:
-        run = self.engine.run
-        environment: ClusterEnvironment = (
-            LightningEnvironment() if run.world == 1 else TorchElasticEnvironment()
-        )
-        strategy = (
-            SingleDeviceStrategy(device=run.device)
-            if run.world == 1
-            # A branch may be without a gradient in the epochs in which its weight is 0.
-            else DDPStrategy(find_unused_parameters=len(run.model.branches) > 0)
-        )
-        return Trainer(
-            accelerator="gpu" if run.device.type == "cuda" else "cpu",
-            strategy=strategy,
-            devices=int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if run.world > 1 else 1,
-            plugins=[environment],
-            max_epochs=run.epochs,
-            gradient_clip_val=self.gradient_clip,
-            callbacks=[_Follow(self.engine, self.after_step)],
-            default_root_dir=self.folder,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            use_distributed_sampler=False,
-        )
+def _trainer(
+    engine: Engine, folder: Path, gradient_clip: float | None, after_step: AfterStep
+) -> Trainer:
+    run = engine.run
+    alone = run.world == 1
+    environment: ClusterEnvironment = LightningEnvironment() if alone else TorchElasticEnvironment()
+    strategy: Strategy = (
+        SingleDeviceStrategy(device=run.device)
+        if alone
+        # A branch may be without a gradient in the epochs in which its weight is 0.
+        else DDPStrategy(find_unused_parameters=len(run.model.branches) > 0)
+    )
+    return Trainer(
+        accelerator="gpu" if run.device.type == "cuda" else "cpu",
+        strategy=strategy,
+        devices=1 if alone else int(os.environ["LOCAL_WORLD_SIZE"]),
+        num_nodes=1 if alone else run.world // int(os.environ["LOCAL_WORLD_SIZE"]),
+        plugins=[environment],
+        max_epochs=run.epochs,
+        gradient_clip_val=gradient_clip,
+        callbacks=[_Follow(engine, after_step)],
+        default_root_dir=folder,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+    )
 
 
 class _Module(LightningModule):
@@ -146,9 +156,7 @@ class _Module(LightningModule):
 class _Follow(Callback):
     """Ends each step. A callback, for Lightning calls those before the module's own hook."""
 
-    def __init__(
-        self, engine: Engine, after_step: Callable[[Callable[[Path], None], bool], None]
-    ) -> None:
+    def __init__(self, engine: Engine, after_step: AfterStep) -> None:
         self._engine, self._after_step = engine, after_step
 
     def on_train_batch_end(
@@ -163,7 +171,8 @@ class _Follow(Callback):
                 os.replace(part, path)
             trainer.strategy.barrier()
 
-        self._after_step(save, ends_epoch)
+        if not self._after_step(save, ends_epoch):
+            raise _Stopped
 
 
 @contextmanager

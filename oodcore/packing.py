@@ -245,7 +245,7 @@ def _rebuilt(saved: _Detector, model: Any, allow: frozenset[str]) -> Detector:
         scores = saved.calibration.scores
         if scores.dtype != torch.float64 or scores.ndim != 1 or not len(scores):
             raise ArtifactError("the calibration scores are not a row of numbers")
-        detector.calibration = Calibration.of(scores.numpy())
+        detector.calibration = Calibration(scores.numpy())
         detector.calibration.threshold(saved.calibration.false_alarm_rate)
         detector.false_alarm_rate = saved.calibration.false_alarm_rate
     if saved.store is not None:

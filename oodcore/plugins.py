@@ -121,7 +121,7 @@ class Registry:
             raise ConfigurationError(f"{slot}: {error.message()}") from None
         except ValidationError as error:
             from oodcore.document import Document
-        from oodcore.explain import explain
+            from oodcore.messages import explain
 
             text = explain(error, at=slot, document=Document(spec), wanted=Slot(slot))
             raise ConfigurationError(text) from None

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from oodcore.component import Component
 from oodcore.data import Batch
 from oodcore.errors import OodcoreError
-from oodcore.extractor import head_of
+from oodcore.discovery import head_of
 from oodcore.features import Features
 
 Closure = Callable[[], Tensor]

@@ -66,8 +66,11 @@ class RunFolder:
             ArtifactError: there is a run and neither ``resume`` nor ``overwrite``, the run that is
                 to be resumed has another configuration, or there is something that is no run.
         """
-        if not self.started and self.path.exists() and any(self.path.iterdir()):
-            raise ArtifactError(f"{self.path} holds something that is no training run; move it away")
+        if strange := self._strange():
+            raise ArtifactError(
+                f"{self.path} is no training run and holds {', '.join(strange[:5])}; choose another "
+                "folder"
+            )
         if self.started and not resume and not overwrite:
             state = "a finished run" if self.finished else "a run that can go on with resume=True"
             raise ArtifactError(
@@ -99,7 +102,8 @@ class RunFolder:
     def finish(self, run: Run, record: Mapping[str, Any]) -> None:
         """The weights, then the record that says that the run is done; the checkpoints go."""
         tensors = {
-            name: value.detach().cpu().contiguous() for name, value in run.model.state_dict().items()
+            name: value.detach().cpu().contiguous()
+            for name, value in run.model.state_dict().items()
         }
         weights = save(tensors)
         self._write(WEIGHTS, weights)
@@ -158,6 +162,16 @@ class RunFolder:
 
             raise ArtifactError(explain(error, at=str(self.path / CONFIG))) from None
 
+    def _strange(self) -> list[str]:
+        """What keeps a folder from being begun: the files in it, if it is none of ours."""
+        if self.started or not os.path.lexists(self.path):
+            return []
+        if not self.path.is_dir():
+            return ["a file"]
+        ours = {CONFIG, RECORD, METRICS, WEIGHTS}
+        ours |= {_part(name) for name in ours} | {CHECKPOINTS}
+        return sorted({entry.name for entry in self.path.iterdir()} - ours)
+
     def _refuse_another(self, config: TrainingConfig) -> None:
         before, given = self._read(CONFIG), config.learning()
         changed = [name for name, value in given.items() if before.get(name) != value]
@@ -166,7 +180,9 @@ class RunFolder:
                 f"{name} was {json.dumps(before.get(name))} and is {json.dumps(given[name])}"
                 for name in changed
             )
-            raise ArtifactError(f"{self.path} cannot be resumed with another configuration: {shown}")
+            raise ArtifactError(
+                f"{self.path} cannot be resumed with another configuration: {shown}"
+            )
 
     def _record(self) -> dict[str, Any]:
         record = self._read(RECORD)
@@ -189,12 +205,16 @@ class RunFolder:
         return document
 
     def _write(self, name: str, content: bytes) -> None:
-        part = self.path / f".{name}.part"
+        part = self.path / _part(name)
         with part.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, self.path / name)
+
+
+def _part(name: str) -> str:
+    return f".{name}.part"
 
 
 def _json(document: Mapping[str, Any]) -> bytes:

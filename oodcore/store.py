@@ -228,19 +228,15 @@ class FeatureStore:
 
     def _begin(self, features: Features) -> None:
         """Settle, on the first rows, what the classes are and where they come from."""
-        labelling: Labelling = (
-            "labels"
-            if features.labels is not None
-            else ("predicted" if features.logits is not None else "one class")
-        )
+        source = labelling(features)
         if self.rows:
-            if labelling != self.labelling:
+            if source != self.labelling:
                 raise DataError(
-                    f"these rows have their class from {labelling}, and those before from "
+                    f"these rows have their class from {source}, and those before from "
                     f"{self.labelling}; give labels with all batches or with none"
                 )
             return
-        self.labelling = labelling
+        self.labelling = source
         if self.head is None:
             self.head = features.head
         self.classes = class_count(features, self.classes)
@@ -268,6 +264,13 @@ class Place:
 
     def __getitem__(self, statistic: Statistic) -> Any:
         return self._store[self._wrap(statistic)]
+
+
+def labelling(features: Features) -> Labelling:
+    """Where the classes of these rows come from."""
+    if features.labels is not None:
+        return "labels"
+    return "predicted" if features.logits is not None else "one class"
 
 
 def class_count(features: Features, classes: int | None = None) -> int:

@@ -25,7 +25,7 @@ class Noise(oodcore.Source):
     Every number of a row is drawn on its own, from
 
     - ``gaussian``: Normal(0.5, 0.5) clipped to [0, 1];
-    - ``uniform``: the interval [0, 1);
+    - ``uniform``: the interval [0, 1];
     - ``bernoulli``: 0 or 1 with probability 1/2 each;
     - ``rademacher``: -1 or 1 with probability 1/2 each;
     - ``blobs``: 1 with probability 0.7, else 0; then blurred by a Gaussian of ``sigma`` pixels

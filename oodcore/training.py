@@ -1,0 +1,272 @@
+"""The training run: a network, its data and its regularizers, to a folder that can be loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from oodcore import __version__
+from oodcore.batches import Batches, Loader, Rows
+from oodcore.component import Component
+from oodcore.data import Batch, to_device
+from oodcore.engine import Engine
+from oodcore.errors import ConfigurationError, DataError, ExtraError
+from oodcore.extractor import FeatureModel
+from oodcore.plugins import registry
+from oodcore.regularizer import Run, TrainModel, place
+from oodcore.run_folder import RunFolder
+from oodcore.training_config import TrainingConfig
+
+__all__ = ["TrainingConfig", "train"]
+
+OnProgress = Callable[[int, int, Mapping[str, float]], None]
+"""Called after every step with the steps done, their total, and the last epoch's numbers."""
+
+
+def train(
+    config: TrainingConfig | Mapping[str, Any],
+    out: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    on_progress: OnProgress | None = None,
+    stop_after: int | None = None,
+) -> Path:
+    """Train a network, and leave a folder that the extractor ``run`` reads.
+
+    The folder holds ``config.json``, ``metrics.csv`` (a row an epoch), ``model.safetensors`` and
+    ``run.json``; and ``checkpoints/`` until the run is done. A run that was killed at any step and
+    is called again with ``resume`` ends with the same weights, bit for bit, on the same machine.
+
+    The loop is Lightning's. Under ``torchrun`` the processes train together, each on its share of
+    every batch. Global random generators are afterwards as they were.
+
+    Args:
+        config: the run, or a mapping that describes it.
+        out: the folder.
+        resume: go on with the run that the folder holds, from its newest checkpoint; the beginning
+            if there is none. A finished run is left as it is.
+        overwrite: replace the run that the folder holds, at once.
+        on_progress: called after every step; what it raises interrupts the run.
+        stop_after: leave, as if killed, after so many steps of the whole run.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigurationError: the configuration, or ``resume`` and ``overwrite`` together.
+        ArtifactError: the folder holds something else, or another run.
+        DataError: rows that cannot be trained on.
+        Diverged: the loss or the weights are no longer usable numbers.
+        ExtraError: Lightning is not installed.
+    """
+    if resume and overwrite:
+        raise ConfigurationError("resume goes on with a run and overwrite replaces it; give one")
+    config = _checked(config)
+    drive = _lightning().drive
+    folder = RunFolder(Path(out))
+    device, rank, world = _place(config)
+    with _processes(device, world), _generators(device), torch.enable_grad():
+        if rank == 0:
+            folder.start(config, resume=resume, overwrite=overwrite)
+        _barrier(world)
+        if folder.finished:
+            return folder.path
+        engine, loader, validation = _assembled(config, device, rank, world)
+        total = engine.run.epochs * engine.run.steps_per_epoch
+
+        def after_step(save: Callable[[Path], None], ends_epoch: bool) -> bool:
+            """Whether to go on."""
+            if ends_epoch:
+                engine.close(validation())
+                if rank == 0:
+                    folder.write_metrics(engine.history)
+            every = config.checkpoint_every
+            due = ends_epoch or (every is not None and engine.index % every == 0)
+            if due and engine.index < total:
+                save(folder.checkpoint_at(engine.index))
+                if rank == 0:
+                    folder.keep_newest()
+            if on_progress is not None and rank == 0:
+                on_progress(engine.index, total, engine.history[-1] if engine.history else {})
+            return engine.index == total or stop_after is None or engine.index < stop_after
+
+        done = drive(
+            engine,
+            loader,
+            config.optimizer.build(_trainable(engine.run.model)),
+            folder=folder.path,
+            checkpoint=folder.checkpoint,
+            gradient_clip=config.gradient_clip,
+            after_step=after_step,
+        )
+        if done and rank == 0:
+            folder.finish(engine.run, _record(config, engine))
+        _barrier(world)
+    return folder.path
+
+
+def _checked(config: TrainingConfig | Mapping[str, Any]) -> TrainingConfig:
+    if isinstance(config, TrainingConfig):
+        return config
+    try:
+        return TrainingConfig.model_validate(config)
+    except ValidationError as error:
+        from oodcore.config import explain
+
+        raise ConfigurationError(explain(error)) from None
+
+
+def _lightning() -> Any:
+    try:
+        from oodcore import lightning_run
+    except ImportError as error:
+        raise ExtraError(
+            f"training needs lightning, which cannot be imported ({error}); "
+            "pip install 'oodcore[train]'"
+        ) from error
+    return lightning_run
+
+
+def _place(config: TrainingConfig) -> tuple[torch.device, int, int]:
+    """Device, rank and number of processes, the latter as torchrun says in the environment."""
+    world = int(os.environ.get("WORLD_SIZE", 1)) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+    rank, local = (int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])) if world > 1 else (0, 0)
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigurationError("device: cuda is asked for, and there is no GPU; take 'auto'")
+    on_gpu = config.device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda", local) if on_gpu else torch.device("cpu"), rank, world
+
+
+@contextmanager
+def _processes(device: torch.device, world: int) -> Iterator[None]:
+    """The processes' means to talk, before Lightning comes and until it has gone."""
+    from torch import distributed
+
+    if world == 1 or distributed.is_initialized():
+        yield
+        return
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def _barrier(world: int) -> None:
+    if world > 1:
+        from torch import distributed
+
+        distributed.barrier()
+
+
+@contextmanager
+def _generators(device: torch.device) -> Iterator[None]:
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+
+
+def _assembled(
+    config: TrainingConfig, device: torch.device, rank: int, world: int
+) -> tuple[Engine, Loader, Callable[[], Iterator[Batch] | None]]:
+    """Engine, batches, and a way to a pass over this process's share of the validation rows."""
+    rows = Rows(config.train.open(), "the training data", config.preprocess)
+    classes = config.classes or (rows.count_classes() if len(rows) else 2)
+    rows = Rows(rows.data, rows.name, rows.prepare, classes)
+    outliers = None
+    if config.outliers is not None:
+        outliers = Rows(config.outliers.open(), "the outliers", config.preprocess)
+    batches = Batches(
+        rows,
+        outliers,
+        batch_size=config.batch_size,
+        outlier_batch_size=config.outlier_batch_size or config.batch_size,
+        seed=config.seed,
+        rank=rank,
+        world=world,
+    )
+    model, width, shape = _model(config, rows, classes)
+    run = Run(
+        model=model,
+        classes=classes,
+        width=width,
+        input_shape=shape,
+        rows=len(rows),
+        epochs=config.epochs,
+        steps_per_epoch=batches.steps_per_epoch,
+        seed=config.seed,
+        rank=rank,
+        world=world,
+        device=device,
+        passes=lambda: _on(device, batches.epoch(config.epochs)),
+    )
+    rate = config.schedule.rate(config.optimizer.lr, config.epochs)
+    engine = Engine(run, config.regularizers, rate)
+    known = None
+    if config.validation is not None:
+        known = Rows(config.validation.open(), "the validation data", config.preprocess, classes)
+
+    def validation() -> Iterator[Batch] | None:
+        if known is None:
+            return None
+        return _on(device, known.parts(config.batch_size, rank, world))
+
+    return engine, Loader(batches, lambda: engine.index, config.num_workers), validation
+
+
+def _model(
+    config: TrainingConfig, rows: Rows, classes: int
+) -> tuple[TrainModel, int, tuple[int, ...]]:
+    """The network with its head found, the size of its embeddings, and the shape of an input."""
+    network = config.network.build(place(config.seed, "network"))
+    example = rows.read([0]).inputs
+    wrapped = FeatureModel.wrap(network)
+    name = wrapped.head_name(example)
+    with torch.no_grad():
+        features = wrapped.forward(example)
+    assert features.embeddings is not None
+    assert features.logits is not None
+    if features.logits.shape[1] != classes:
+        raise ConfigurationError(
+            f"the network has {features.logits.shape[1]} logits and the data {classes} classes; "
+            "set 'classes', or give the factory the number as an argument"
+        )
+    shape = tuple(example.shape[1:]) if isinstance(example, torch.Tensor) else ()
+    return TrainModel(network, name), features.embeddings.shape[1], shape
+
+
+def _trainable(model: nn.Module) -> list[nn.Parameter]:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise ConfigurationError("the network has no parameter that requires a gradient")
+    return parameters
+
+
+def _on(device: torch.device, batches: Iterator[Batch]) -> Iterator[Batch]:
+    for batch in batches:
+        yield Batch(*(to_device(part, device) for part in (batch.inputs, batch.labels, batch.ids)))
+
+
+def _record(config: TrainingConfig, engine: Engine) -> dict[str, Any]:
+    """What a finished run says of how it came about."""
+    import lightning
+
+    parts: list[Component] = [config.train, *config.regularizers]
+    parts += [part for part in (config.validation, config.outliers) if part is not None]
+    owners = (registry.owner(inner) for part in parts for inner in part.walk())
+    return {
+        "oodcore": __version__,
+        "plugins": {owner.distribution: owner.version for owner in owners if owner is not None},
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+        "device": engine.run.device.type,
+        "processes": engine.run.world,
+        "metrics": engine.history[-1],
+    }
