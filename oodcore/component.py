@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -237,6 +238,20 @@ class Slot:
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
         return {"x-slot": self.name}
+
+
+def notes(cls: type[Any]) -> dict[str, str]:
+    """What docstrings say of a class's fields, under ``Args:``; a subclass's word goes first."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        _, _, section = inspect.cleandoc(base.__dict__.get("__doc__") or "").partition("\nArgs:\n")
+        indented = re.split(r"^(?=\S)", section, maxsplit=1, flags=re.MULTILINE)[0]
+        for names, text in _NOTE.findall(indented):
+            found |= {name.strip(): " ".join(text.split()) for name in names.split(",")}
+    return found
+
+
+_NOTE = re.compile(r"^ {4}(\w+(?:, \w+)*): (.*(?:\n {8}.*)*)", re.MULTILINE)
 
 
 def suggestion(name: str, known: list[str]) -> str:

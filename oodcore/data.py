@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import zlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
@@ -365,7 +366,7 @@ def _length(inputs: Any) -> int:
     return len(inputs)
 
 
-def _rows(batch: Batch, rows: slice) -> Batch:
+def _rows(batch: Batch, rows: slice | Tensor) -> Batch:
     def cut(value: Any) -> Any:
         if value is None:
             return None
@@ -382,16 +383,49 @@ def to_device(inputs: Any, device: torch.device) -> Any:
 
 
 @torch.no_grad()
-def hashed(ids: Tensor, seed: int) -> Tensor:
-    """A pseudo-random number in [0, 2^63) for each id, ``[N]`` int64 (splitmix64 of seed and id).
+def hashed(ids: Tensor, seed: int, purpose: str = "") -> Tensor:
+    """A pseudo-random number in [0, 2^63) for each id, ``[N]`` int64 (splitmix64).
 
-    It depends on nothing but the seed and the id, so that samples and splits do not depend on the
-    order of rows or on how they are divided among machines.
+    It depends on nothing but the seed, the id and the purpose, so that samples and splits do not
+    depend on the order of rows or on how they are divided among machines. Choices for different
+    purposes are independent: a sample of a split is as good as one of everything.
     """
+    start = seed * 0xD1342543DE82EF95 + zlib.crc32(purpose.encode()) * 0xA0761D6478BD642F
     with np.errstate(over="ignore"):
-        z = ids.cpu().numpy().astype(np.uint64) + np.uint64((seed * 0xD1342543DE82EF95) % 2**64)
+        z = ids.cpu().numpy().astype(np.uint64) + np.uint64(start % 2**64)
         z += np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         z ^= z >> np.uint64(31)
     return torch.from_numpy((z >> np.uint64(1)).astype(np.int64))
+
+
+HELD_OUT_SHARE = 0.1
+"""The share of the training rows that is set apart where held-out rows are needed and not given."""
+
+
+def held_out(ids: Tensor, seed: int) -> Tensor:
+    """Which rows belong to the tenth that is set apart, ``[N]`` bool."""
+    return hashed(ids, seed, "held out") < int(HELD_OUT_SHARE * 2**63)
+
+
+class Apart:
+    """The rows of some data that belong to the tenth set apart, or all the others.
+
+    Args:
+        data: anything that a Stream reads twice in the same order.
+        seed: of the choice.
+        inside: whether the tenth, or the rest.
+    """
+
+    def __init__(self, data: Any, seed: int, *, inside: bool) -> None:
+        self._data, self._seed, self._inside = data, seed, inside
+
+    def __iter__(self) -> Iterator[Batch | Features]:
+        for batch in Stream(self._data):
+            assert batch.ids is not None
+            rows = (held_out(batch.ids, self._seed) == self._inside).nonzero().flatten()
+            if isinstance(batch, Features):
+                yield batch[rows.to(batch.device)]
+            else:
+                yield _rows(batch, rows)

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from oodcore.calibration import Calibration
 from oodcore.component import Component
-from oodcore.data import Adapt, Batch, Stream
+from oodcore.data import Adapt
+from oodcore.decision import Array, Decision
 from oodcore.errors import ConfigurationError, DataError, NotFittedError
 from oodcore.extractor import Extractor, FeatureModel
 from oodcore.features import Features
-from oodcore.fitting import Fitting, Learnt, Recipe, scored, shaped
+from oodcore.fitting import Fitting, Learnt, Recipe
+from oodcore.passes import Classes, class_number, fit, fold, place_of, score
 from oodcore.plugins import registry
-from oodcore.progress import track
 from oodcore.scorer import Scorer, Shaper, check_recipe
 
-Array = np.ndarray[Any, Any]
+__all__ = ["Detector", "fit", "load"]
 
 
-class Detector:
+class Detector(Decision):
     """Finds inputs that a model should not be trusted on.
 
     Args:
@@ -61,25 +59,23 @@ class Detector:
     ) -> None:
         if isinstance(shapers, str | Mapping | Component):
             raise ConfigurationError("shapers is a list: write shapers=[...]")
+        if batch_size < 1:
+            raise ConfigurationError(f"batch_size must be at least 1, not {batch_size}")
         self.recipe = Recipe(
             registry.build("scorer", scorer),  # type: ignore[arg-type]
             tuple(registry.build("shaper", shaper) for shaper in shapers),  # type: ignore[misc]
             seed,
         )
         check_recipe(self.recipe.scorer, self.recipe.shapers)
-        if batch_size < 1:
-            raise ConfigurationError(f"batch_size must be at least 1, not {batch_size}")
         self.extractor, self._model = _modelled(model, device)
         self.device = device
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.adapt = adapt
         self.learnt: Learnt | None = None
-        self.calibration: Calibration | None = None
-        self.false_alarm_rate: float | None = None
-        self.shape: dict[str, Any] = {}
-        self._fitting: Fitting | None = None
-        self._name = "detector"
+        self.shape: Mapping[str, Any] = {}
+        self.fitting: Fitting | None = None
+        self.name = "detector"
 
     @classmethod
     def from_config(cls, config: Any) -> Detector:
@@ -114,22 +110,12 @@ class Detector:
 
     @property
     def model(self) -> FeatureModel | None:
-        """The model, loaded on first use and with the layers that the components need."""
+        """The model, loaded on first use; None if the detector works on Features."""
         if self._model is None and self.extractor is not None:
             self._model = _placed(self.extractor.load(), self.device)
-        if self._model is not None:
-            layers = [
-                need.partition(".")[2]
-                for need in sorted(self.recipe.needs(fitting=True))
-                if need.startswith("layers.")
-            ]
-            if not set(layers) <= set(self._model.layers):
-                self._model = self._model.with_layers(layers)
         return self._model
 
-    def fit(
-        self, data: Any, held_out: Any = None, *, classes: int | Sequence[int] | None = None
-    ) -> Detector:
+    def fit(self, data: Any, held_out: Any = None, *, classes: Classes = None) -> Detector:
         """Learn from in-distribution training data; returns the detector.
 
         Args:
@@ -142,22 +128,24 @@ class Detector:
         Raises:
             DataError: labels outside ``0..K-1``, numbers that are not finite, a missing field.
         """
-        fit({"detector": self}, data, held_out, classes=classes)
+        fit({self.name: self}, data, held_out, classes=classes)
         return self
 
-    def partial_fit(
-        self, data: Any, held_out: Any = None, *, classes: int | Sequence[int] | None = None
-    ) -> Detector:
+    def partial_fit(self, data: Any, held_out: Any = None, *, classes: Classes = None) -> Detector:
         """Go on fitting with more rows: the result is that of all rows at once.
 
         The calibration is dropped. Arguments as in ``fit``; without logits, ``classes`` is required
         in the first call. A detector that learns in several stages keeps the features of its rows
         (memory-mapped past a limit) to be able to go on.
+
+        Raises:
+            NotFittedError: the detector was loaded without its store.
+            DataError: as ``fit``; the detector stays as it was.
         """
-        if self._fitting is not None:
-            fitting = self._fitting.only(self._name)
+        if self.fitting is not None:
+            fitting = self.fitting.only(self.name)
         elif self.learnt is None or self.recipe.fixed:
-            fitting = Fitting({self._name: self.recipe}, class_number(classes), held_out is not None)
+            fitting = Fitting({self.name: self.recipe}, class_number(classes), held_out is not None)
         else:
             raise NotFittedError(
                 "this detector was loaded without its store and cannot go on fitting: save it with "
@@ -170,66 +158,19 @@ class Detector:
             )
         if fitting.held_out != (held_out is not None) and self.recipe.holds_out:
             raise DataError("give held_out= in every call of partial_fit, or in none")
-        _fold(fitting, self, data, held_out)
-        self._take(fitting.finish()[self._name], fitting, self._name)
-        return self
-
-    def calibrate(self, data: Any, false_alarm_rate: float = 0.05) -> Detector:
-        """Learn the scores of in-distribution data, and so the threshold; returns the detector.
-
-        Args:
-            data: in-distribution rows that were neither fitted on nor held out.
-            false_alarm_rate: the share of in-distribution inputs that may be flagged.
-
-        Raises:
-            ConfigurationError: too few rows for the rate; the message says how many are needed.
-        """
-        calibration = Calibration(self.score(data))
-        calibration.threshold(false_alarm_rate)
-        self.calibration, self.false_alarm_rate = calibration, false_alarm_rate
+        self.capture(_layers(self.recipe))
+        fold(fitting, self, data, held_out)
+        self.take(fitting.finish()[self.name], fitting, self.name)
         return self
 
     def score(self, data: Any) -> Array:
-        """The score of each row, ``[N]`` float64; higher is more in-distribution."""
-        learnt = self._ready()
-        with torch.no_grad():
-            scores = [
-                scored(rows, self.recipe, learnt).detach().cpu()
-                for rows in self.shaped_features(data, learnt)
-            ]
-        return np.asarray(torch.cat(scores).numpy()) if scores else np.zeros(0)
-
-    def p_value(self, data: Any) -> Array:
-        """The conformal p-value of each row, ``(1 + #{calibration <= s}) / (n + 1)``, in (0, 1]."""
-        calibration = self._calibrated()
-        return calibration.p_values(self.score(data))
-
-    def predict(
-        self, data: Any, false_alarm_rate: float | None = None, *, fdr: float | None = None
-    ) -> Array:
-        """1 for in-distribution, -1 for out, ``[N]`` int64.
-
-        Args:
-            data: rows to judge.
-            false_alarm_rate: flag at most this share of in-distribution inputs; that of
-                ``calibrate`` if not given.
-            fdr: instead, flag so that at most this share of the flagged rows are in-distribution
-                (Benjamini and Hochberg, over all rows of ``data``).
+        """The score of each row, ``[N]`` float64; higher is more in-distribution.
 
         Raises:
-            ConfigurationError: both rates, or too few calibration rows for the rate.
+            NotFittedError: ``fit`` comes first.
+            DataError: rows that are not of the kind that was fitted on, or not finite.
         """
-        if fdr is not None and false_alarm_rate is not None:
-            raise ConfigurationError("give either a false_alarm_rate or an fdr")
-        calibration = self._calibrated()
-        scores = self.score(data)
-        if fdr is not None:
-            flagged = calibration.discoveries(scores, fdr)
-        else:
-            rate = self.false_alarm_rate if false_alarm_rate is None else false_alarm_rate
-            assert rate is not None
-            flagged = calibration.flagged(scores, rate)
-        return np.where(flagged, -1, 1).astype(np.int64)
+        return score({self.name: self}, data)[self.name]
 
     def save(self, folder: str | Path, overwrite: bool = False, store: bool = False) -> Path:
         """Write the fitted detector to a folder: JSON, safetensors and hashes; no pickle.
@@ -242,23 +183,45 @@ class Detector:
         Raises:
             NotFittedError: nothing to save yet.
             PluginError: a component that no installed plugin brings could not be loaded again.
+            ArtifactError: the folder exists and is not to be, or cannot safely be, overwritten.
         """
         from oodcore.artifact import write_artifact
         from oodcore.packing import packed_detector
 
-        self._ready()
         packed = packed_detector(self, store=store)
         return write_artifact(Path(folder), "detector", packed, overwrite=overwrite)
 
-    def shaped_features(self, data: Any, learnt: Learnt) -> Iterator[Features]:
-        """The features of data as the scorer sees them, batch by batch."""
-        for features in features_of(self, data, self.recipe.needs(), "scoring"):
-            self._check_shape(features)
-            with torch.no_grad():
-                rows = shaped(features, self.recipe.shapers, learnt.shapers)
-            yield rows
+    def ready(self) -> Learnt:
+        """What was learnt.
 
-    def _check_shape(self, features: Features) -> None:
+        Raises:
+            NotFittedError: nothing yet, and there is something to learn.
+        """
+        if self.learnt is None and self.recipe.fixed:
+            self.learnt = Learnt({}, ({},) * len(self.shapers))
+        if self.learnt is None:
+            raise NotFittedError(
+                f"this detector ('{self.scorer.kind}') learns from data: call fit first"
+            )
+        return self.learnt
+
+    def take(self, learnt: Learnt, fitting: Fitting, name: str) -> None:
+        """Take over what was learnt in a fitting, under the name it has there."""
+        self.learnt, self.fitting, self.name = learnt, fitting, name
+        self.shape = fitting.shape()
+        self.calibration = self.false_alarm_rate = None
+
+    def capture(self, layers: Sequence[str]) -> None:
+        """Have the model give these layers too."""
+        model = self.model
+        if model is not None and not set(layers) <= set(model.layers):
+            self._model = model.with_layers(layers)
+
+    def place(self, learnt: Learnt) -> str:
+        """The same for detectors that see the same shaped features."""
+        return place_of(self.shapers, learnt.record.get("held_out"), self.fitting)
+
+    def check_shape(self, features: Features) -> None:
         """Raise a DataError if these are not the kind of features that were fitted on."""
         for name, size, given in (
             ("embeddings", self.shape.get("D"), features.embeddings),
@@ -268,58 +231,6 @@ class Detector:
                 raise DataError(
                     f"{name} have {given.shape[1]} columns, and this detector was fitted on {size}"
                 )
-
-    def _ready(self) -> Learnt:
-        if self.learnt is None and self.recipe.fixed:
-            self.learnt = Learnt({}, ({},) * len(self.recipe.shapers))
-        if self.learnt is None:
-            raise NotFittedError(
-                f"this detector ('{self.scorer.kind}') learns from data: call fit first"
-            )
-        return self.learnt
-
-    def _calibrated(self) -> Calibration:
-        if self.calibration is None:
-            raise NotFittedError("this detector has no threshold yet: call calibrate first")
-        return self.calibration
-
-    def _take(self, learnt: Learnt, fitting: Fitting, name: str) -> None:
-        self.learnt, self._fitting, self._name = learnt, fitting, name
-        self.shape = fitting.shape()
-        self.calibration = self.false_alarm_rate = None
-
-
-def fit(
-    detectors: Mapping[str, Detector],
-    data: Any,
-    held_out: Any = None,
-    *,
-    classes: int | Sequence[int] | None = None,
-) -> None:
-    """Fit many detectors in the same passes: a model sees each row once, however many use it.
-
-    Args:
-        detectors: by name; those that share a model share its passes.
-        data: as in ``Detector.fit``.
-        held_out: as in ``Detector.fit``.
-        classes: as in ``Detector.fit``.
-    """
-    groups = by_model(detectors)
-    if len(groups) > 1 and not Stream(data).repeatable:
-        raise DataError(
-            f"{len(groups)} models read this data, and it can be read only once; give a Dataset"
-        )
-    for group in groups:
-        first = next(iter(group.values()))
-        count = class_number(classes)
-        if count is None:
-            count = _largest_label(data, first)
-        recipes = {name: detector.recipe for name, detector in group.items()}
-        fitting = Fitting(recipes, count, held_out is not None)
-        layered = _with_layers(first, group.values())
-        _fold(fitting, layered, data, held_out)
-        for name, learnt in fitting.finish(_reread(layered, fitting, data, held_out)).items():
-            group[name]._take(learnt, fitting, name)
 
 
 def load(
@@ -334,6 +245,7 @@ def load(
         folder: the artifact.
         model: the model, if the detector was made with one from memory; another than that is
             refused (by the fingerprint of its weights). Left out, such a detector works on Features.
+            For an ensemble, a mapping from member to model.
         allow: importable names ("package.module:function") that the artifact may run.
         sha256: of the manifest: the only defence against whoever wrote the artifact.
 
@@ -342,136 +254,17 @@ def load(
             that is not allowed or a plugin that is not installed.
     """
     from oodcore.artifact import read_artifact
-    from oodcore.packing import unpacked_detector
+    from oodcore.packing import unpacked
 
+    if isinstance(allow, str):
+        raise ConfigurationError("allow is a list of names: write allow=[...]")
     packed = read_artifact(Path(folder), ("detector", "ensemble"), sha256=sha256)
-    return unpacked_detector(packed, model, frozenset(allow))
+    return unpacked(packed, model, frozenset(allow))
 
 
-def features_of(
-    detector: Detector, data: Any, needs: frozenset[str], title: str, start: int = 0
-) -> Iterator[Features]:
-    """The features of data, float64 and finite, with labels and ids; inputs only where needed."""
-    stream = Stream(
-        data,
-        batch_size=detector.batch_size,
-        num_workers=detector.num_workers,
-        adapt=detector.adapt,
-        start=start,
-    )
-    model = detector.model
-    for batch in track(stream, title, stream.rows):
-        with torch.no_grad():
-            features = _features(model, batch)
-            if "inputs" not in needs:
-                features = replace(features, inputs=None, rerun=None)
-            elif features.rerun is not None:
-                features = replace(features, rerun=_wide(features.rerun))
-            features = features.double()
-            features.check_finite("features")
-        yield features
-
-
-def _wide(road: Any) -> Any:
-    return lambda inputs, edit=None: road(inputs, edit=edit).double()
-
-
-def _features(model: FeatureModel | None, batch: Batch | Features) -> Features:
-    if isinstance(batch, Features):
-        return batch
-    if model is not None:
-        features = model.forward(batch.inputs)
-        device = features.device
-        return replace(
-            features,
-            labels=None if batch.labels is None else batch.labels.to(device),
-            ids=None if batch.ids is None else batch.ids.to(device),
-        )
-    if not isinstance(batch.inputs, Tensor) or batch.inputs.ndim != 2:
-        shape = list(batch.inputs.shape) if isinstance(batch.inputs, Tensor) else "no tensor"
-        raise DataError(
-            f"a detector without a model takes embeddings [N, D] or Features, not {shape}; "
-            "give a model to score anything else"
-        )
-    return Features(embeddings=batch.inputs.double(), labels=batch.labels, ids=batch.ids)
-
-
-def by_model(detectors: Mapping[str, Detector]) -> list[dict[str, Detector]]:
-    """Detectors in groups that can share the passes of one model."""
-    groups: list[dict[str, Detector]] = []
-    for name, detector in detectors.items():
-        for group in groups:
-            other = next(iter(group.values()))
-            if _same_model(detector, other):
-                group[name] = detector
-                break
-        else:
-            groups.append({name: detector})
-    return groups
-
-
-def _same_model(a: Detector, b: Detector) -> bool:
-    if a.adapt is not b.adapt:
-        return False
-    if a.extractor is not None or b.extractor is not None:
-        return a.extractor == b.extractor and a.device == b.device
-    if a._model is None or b._model is None:
-        return a._model is b._model
-    one, two = a._model, b._model
-    heads = one.head is two.head or (isinstance(one.head, str) and one.head == two.head)
-    return one.module is two.module and heads and one.preprocess == two.preprocess
-
-
-def _with_layers(first: Detector, group: Iterable[Detector]) -> Detector:
-    """The first detector's model, with the layers that any of the group needs."""
-    layers = sorted({name for other in group for name in (other.model.layers if other.model else ())})
-    model = first.model
-    if model is not None and set(layers) > set(model.layers):
-        first._model = model.with_layers(layers)
-    return first
-
-
-def _fold(fitting: Fitting, detector: Detector, data: Any, held_out: Any) -> None:
-    needs = fitting.needs() if not fitting.again() else fitting.needs() | {"inputs"}
-    if all(recipe.fixed for recipe in fitting.recipes.values()):
-        needs = frozenset[str]()
-    for features in features_of(detector, data, needs, "fitting", start=fitting.rows):
-        fitting.update(features)
-    if held_out is not None:
-        for features in features_of(detector, held_out, needs, "measuring", fitting.held_rows):
-            fitting.update_held_out(features)
-
-
-def _reread(detector: Detector, fitting: Fitting, data: Any, held_out: Any) -> Any:
-    def reread(apart: bool) -> Iterator[Features]:
-        rows = held_out if apart else data
-        if not Stream(rows).repeatable:
-            raise DataError(
-                "a part of this scorer is measured through the model, so the data is read again: "
-                "give data that comes in the same order twice (a Dataset, arrays)"
-            )
-        return features_of(detector, rows, fitting.needs(), "measuring")
-
-    return reread
-
-
-def class_number(classes: int | Sequence[int] | None) -> int | None:
-    """K, from K itself or from the classes ``0..K-1``."""
-    if classes is None or isinstance(classes, int):
-        return classes
-    numbers = sorted(int(label) for label in classes)
-    if numbers != list(range(len(numbers))):
-        raise ConfigurationError(f"classes must be 0..K-1, not {numbers[:10]}")
-    return len(numbers)
-
-
-def _largest_label(data: Any, detector: Detector) -> int | None:
-    """K from the labels of all rows, where there is no model to tell it."""
-    stream = Stream(data, adapt=detector.adapt)
-    if detector.model is not None or not stream.repeatable:
-        return None
-    labels = [batch.labels for batch in stream]
-    return 1 + max((int(y.max()) for y in labels if y is not None), default=0)
+def _layers(recipe: Recipe) -> list[str]:
+    needs = sorted(recipe.needs(fitting=True))
+    return [need.partition(".")[2] for need in needs if need.startswith("layers.")]
 
 
 def _modelled(model: Any, device: str) -> tuple[Extractor | None, FeatureModel | None]:

@@ -37,7 +37,7 @@ class Engine:
     """Calls the regularizers of a run, puts its random generators, adds up its numbers.
 
     For each step a driver calls ``begin``, then the closure that ``closure`` gives, which calls
-    ``total`` once a pass, then ``end``; at the end of an epoch ``close``, after the last ``finish``.
+    ``total`` once a pass, then ``end``; after an epoch ``close``, and after the last ``finish``.
 
     The regularizers act in the order of their kinds, whatever their order in the configuration,
     for sums of floats and folds of functions depend on it. Every generator, the global ones
@@ -216,11 +216,8 @@ class Engine:
         for part in self.regularizers:
             state = self.states[part.kind]
             if state is not None:
-                saved[part.kind] = (
-                    _all_ranks(self.run, state.state_dict())
-                    if part.per_rank
-                    else state.state_dict()
-                )
+                own = state.state_dict()
+                saved[part.kind] = _all_ranks(self.run, own) if part.per_rank else own
         return {
             "index": self.index,
             "world": self.run.world,

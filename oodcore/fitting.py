@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oodcore import data
 from oodcore.component import canonical
-from oodcore.data import hashed
+from oodcore.data import HELD_OUT_SHARE
 from oodcore.errors import ConfigurationError, DataError, NotFittedError
 from oodcore.features import Features, Rerun, check_finite
 from oodcore.index import Rows
@@ -34,9 +35,6 @@ from oodcore.store import (
     packed_head,
     unpacked_head,
 )
-
-HELD_OUT_SHARE = 0.1
-"""The share of the training rows set apart, by hash of seed and id, where none are given."""
 
 Reread = Callable[[bool], Iterator[Features]]
 """``reread(held_out)``: the training rows again (or the held-out ones), with their inputs."""
@@ -239,8 +237,8 @@ class _Progress:
         if not self.split:
             return features
         assert features.ids is not None
-        apart = hashed(features.ids, self.recipe.seed) < int(HELD_OUT_SHARE * 2**63)
-        rows = (apart if held_out else ~apart).to(features.device).nonzero().flatten()
+        apart = data.held_out(features.ids, self.recipe.seed)
+        rows = (apart == held_out).to(features.device).nonzero().flatten()
         inputs = None if features.inputs is None else _taken(features.inputs, rows)
         return replace(features[rows], inputs=inputs, rerun=features.rerun)
 

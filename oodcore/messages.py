@@ -81,14 +81,14 @@ def _fault(item: Mapping[str, Any], data: Any, wanted: Any) -> _Fault:
 def _route(place: Sequence[str | int], kind: str, data: Any) -> tuple[Route, int | None]:
     """Where in the data an error is; pydantic also names the member of a union it comes from.
 
-    A step that the data does not have is such a name, unless it is the field that is missing.
+    A step that the data does not have is such a name, unless it is the field that is missing. The
+    places of rules between fields are ours, and taken as they are.
     """
+    if kind == "rule" or data is _UNKNOWN:
+        return tuple(place), None
     route: list[str | int] = []
     union = None
     for number, step in enumerate(place):
-        if data is _UNKNOWN:
-            route.append(step)
-            continue
         inner = _child(data, step)
         if inner is not _ABSENT or (kind == "missing" and number == len(place) - 1):
             route.append(step)
@@ -206,8 +206,13 @@ def _members(wanted: Any) -> Iterator[Any]:
         yield wanted
 
 
-def _items(noun: str) -> Callable[[Mapping[str, Any]], str]:
-    return lambda c: f"a list of {noun} {c.get('min_length', c.get('max_length'))} items"
+def _items(bound: str, length: str) -> Callable[[Mapping[str, Any]], str]:
+    def say(context: Mapping[str, Any]) -> str:
+        noun = "list" if context["field_type"] in ("Tuple", "List") else "mapping"
+        number = context[length]
+        return f"a {noun} of {bound} {number} {'item' if number == 1 else 'items'}"
+
+    return say
 
 
 _EXPECTED: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
@@ -231,8 +236,8 @@ _EXPECTED: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "string_too_short": lambda c: f"text of at least {c['min_length']} characters",
     "string_too_long": lambda c: f"text of at most {c['max_length']} characters",
     "string_pattern_mismatch": lambda c: f"text of the form {c['pattern']}",
-    "too_short": _items("at least"),
-    "too_long": _items("at most"),
+    "too_short": _items("at least", "min_length"),
+    "too_long": _items("at most", "max_length"),
     "invalid_key": lambda c: "text",
     "is_instance_of": lambda c: f"a {c['class']}",
 }

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from oodcore.calibration import Calibration
 from oodcore.component import Component
-from oodcore.errors import ArtifactError, OodcoreError, PluginError
+from oodcore.decision import Decision
+from oodcore.errors import ArtifactError, DataError, NotFittedError, OodcoreError, PluginError
 from oodcore.features import Features, Head
 from oodcore.fitting import Fitting, Learnt, Recipe, scored, shaped
 from oodcore.index import Rows
@@ -21,6 +22,7 @@ from oodcore.plugins import registry
 
 if TYPE_CHECKING:
     from oodcore.detector import Detector
+    from oodcore.ensemble import Ensemble
 
 SIZE_LIMIT = 2**26
 
@@ -85,6 +87,20 @@ class _Detector(_Strict):
     store: _Store | None
 
 
+class _Ensemble(_Strict):
+    """The form of an ensemble's document."""
+
+    members: list[tuple[str, dict[str, Any]]] = Field(strict=False)
+    combine: dict[str, Any]
+    components: list[list[str]]
+    seed: int
+    state: dict[str, Any]
+    calibration: _Calibration | None
+
+
+Form = TypeVar("Form", bound=_Strict)
+
+
 def versions(components: Iterable[Component]) -> dict[str, str]:
     """The version of every distribution that brought one of these components, and of oodcore."""
     found = {"oodcore": _own_version()}
@@ -120,28 +136,55 @@ def packed_detector(detector: Detector, *, store: bool) -> dict[str, Any]:
     return {"made_with": surroundings(_components(detector)), **_packed(detector, store=store)}
 
 
-def _components(detector: Detector) -> list[Component]:
-    extractor = [] if detector.extractor is None else [detector.extractor]
-    return [*extractor, *detector.shapers, detector.scorer]
+def packed_ensemble(ensemble: Ensemble, *, store: bool) -> dict[str, Any]:
+    """A fitted ensemble as plain values and states.
+
+    Raises:
+        NotFittedError: a member, or the combination, has nothing learnt to save.
+    """
+    if ensemble.state is None:
+        raise NotFittedError("this ensemble normalises scores: call fit first")
+    members = {name: _packed(member, store=store) for name, member in ensemble.members.items()}
+    components = [c for member in ensemble.members.values() for c in _components(member)]
+    return {
+        "made_with": surroundings([*components, ensemble.combination]),
+        "members": [[name, member] for name, member in members.items()],
+        "combine": ensemble.combination.dump(),
+        "components": _origins([ensemble.combination]),
+        "seed": ensemble.seed,
+        "state": ensemble.state,
+        "calibration": _packed_calibration(ensemble),
+    }
 
 
-def _packed(detector: Detector, *, store: bool) -> dict[str, Any]:
-    learnt = detector.learnt
-    assert learnt is not None
-    needed = [part for component in _components(detector) for part in component.walk()]
+def _packed_calibration(decision: Decision) -> dict[str, Any] | None:
+    if decision.calibration is None:
+        return None
+    scores = torch.from_numpy(decision.calibration.scores.copy())
+    return {"scores": scores, "false_alarm_rate": decision.false_alarm_rate}
+
+
+def _origins(components: Iterable[Component]) -> list[list[str]]:
+    """Slot, kind, distribution and version of every component, each once."""
     origins = []
-    for part in needed:
+    for part in (part for component in components for part in component.walk()):
         plugin = registry.owner(part)
         if plugin is None:
             raise PluginError(
                 f"the {part.slot} '{part.kind}' is not registered, so it could not be loaded again: "
                 "install the plugin that brings it, or use registry.using(plugin)"
             )
-        origins.append([part.slot, part.kind, plugin.distribution, plugin.version])
-    calibration = None
-    if detector.calibration is not None:
-        scores = torch.from_numpy(detector.calibration.scores.copy())
-        calibration = {"scores": scores, "false_alarm_rate": detector.false_alarm_rate}
+        origins.append((part.slot, part.kind, plugin.distribution, plugin.version))
+    return [list(origin) for origin in dict.fromkeys(origins)]
+
+
+def _components(detector: Detector) -> list[Component]:
+    extractor = [] if detector.extractor is None else [detector.extractor]
+    return [*extractor, *detector.shapers, detector.scorer]
+
+
+def _packed(detector: Detector, *, store: bool) -> dict[str, Any]:
+    learnt = detector.ready()
     return {
         "configuration": {
             "extractor": None if detector.extractor is None else detector.extractor.dump(),
@@ -152,48 +195,72 @@ def _packed(detector: Detector, *, store: bool) -> dict[str, Any]:
             "num_workers": detector.num_workers,
             "seed": detector.recipe.seed,
         },
-        "components": [list(origin) for origin in dict.fromkeys(map(tuple, origins))],
+        "components": _origins(_components(detector)),
         "fingerprint": None if detector.model is None else detector.model.fingerprint(),
-        "shape": detector.shape,
+        "shape": dict(detector.shape),
         "learnt": {
             "scorer": learnt.scorer,
             "shapers": list(learnt.shapers),
             "record": dict(learnt.record),
         },
-        "calibration": calibration,
+        "calibration": _packed_calibration(detector),
         "store": _packed_fitting(detector) if store else None,
     }
 
 
 def _packed_fitting(detector: Detector) -> dict[str, Any] | None:
-    fitting = detector._fitting
+    fitting = detector.fitting
     if fitting is None:
         return None
     if len(fitting.recipes) > 1:
-        fitting = fitting.only(detector._name)
+        fitting = fitting.only(detector.name)
     return fitting.packed()
 
 
-def unpacked_detector(packed: Mapping[str, Any], model: Any, allow: frozenset[str]) -> Detector:
-    """The detector that ``packed_detector`` described.
+def unpacked(packed: Mapping[str, Any], model: Any, allow: frozenset[str]) -> Decision:
+    """The detector or ensemble that an artifact describes.
 
     Raises:
         ArtifactError: a document, a component or a state that is not as it should be.
     """
     fields = {k: v for k, v in packed.items() if k not in ("schema", "type", "made_with")}
     try:
-        saved = _Detector.model_validate(fields)
-    except ValidationError as error:
-        from oodcore.config import explain
-
-        raise ArtifactError(f"detector.json: {explain(error)}") from None
-    _refuse_missing(saved.components)
-    try:
-        return _rebuilt(saved, model, allow)
+        if packed["type"] == "ensemble":
+            return _rebuilt_ensemble(_form(_Ensemble, fields), model, allow)
+        return _rebuilt(_form(_Detector, fields), model, allow)
     except ArtifactError:
         raise
     except OodcoreError as error:
         raise ArtifactError(f"this artifact cannot be used: {error}") from error
+
+
+def _form(form: type[Form], fields: Mapping[str, Any]) -> Form:
+    try:
+        return form.model_validate(fields)
+    except ValidationError as error:
+        from oodcore.config import explain
+
+        raise ArtifactError(f"detector.json: {explain(error)}") from None
+
+
+def _rebuilt_ensemble(saved: _Ensemble, model: Any, allow: frozenset[str]) -> Ensemble:
+    from oodcore.ensemble import Ensemble
+
+    _refuse_missing(saved.components)
+    models = {} if model is None else model
+    names = [name for name, _ in saved.members]
+    if not isinstance(models, Mapping) or not set(models) <= set(names):
+        raise ArtifactError(f"this is an ensemble: give model= as a mapping from {names} to models")
+    members = {
+        name: _rebuilt(_form(_Detector, fields), models.get(name), allow)
+        for name, fields in saved.members
+    }
+    ensemble = Ensemble(members, saved.combine, seed=saved.seed)
+    ensemble.state = saved.state
+    scores = torch.rand(2, len(members), dtype=torch.float64, generator=_generator())
+    _attempt(lambda: ensemble.combination.combine(ensemble.combination.normalized(scores, saved.state)))
+    _calibrate(ensemble, saved.calibration)
+    return ensemble
 
 
 def _refuse_missing(components: list[list[str]]) -> None:
@@ -211,6 +278,7 @@ def _refuse_missing(components: list[list[str]]) -> None:
 def _rebuilt(saved: _Detector, model: Any, allow: frozenset[str]) -> Detector:
     from oodcore.detector import Detector
 
+    _refuse_missing(saved.components)
     configuration = saved.configuration
     extractor = configuration.extractor
     if extractor is not None and model is None:
@@ -241,16 +309,10 @@ def _rebuilt(saved: _Detector, model: Any, allow: frozenset[str]) -> Detector:
     detector.learnt = _on_device(saved.learnt, device)
     detector.shape = saved.shape.model_dump()
     _try(detector.recipe, detector.learnt, saved.shape, device)
-    if saved.calibration is not None:
-        scores = saved.calibration.scores
-        if scores.dtype != torch.float64 or scores.ndim != 1 or not len(scores):
-            raise ArtifactError("the calibration scores are not a row of numbers")
-        detector.calibration = Calibration(scores.numpy())
-        detector.calibration.threshold(saved.calibration.false_alarm_rate)
-        detector.false_alarm_rate = saved.calibration.false_alarm_rate
+    _calibrate(detector, saved.calibration)
     if saved.store is not None:
-        detector._fitting = Fitting.unpacked(
-            saved.store.model_dump(), {detector._name: detector.recipe}
+        detector.fitting = Fitting.unpacked(
+            saved.store.model_dump(), {detector.name: detector.recipe}
         )
     return detector
 
@@ -276,7 +338,7 @@ def _try(recipe: Recipe, learnt: Learnt, shape: _Shape, device: torch.device) ->
     sizes += [torch.Size(layer).numel() for layer in shape.layers.values()]
     if max(sizes) > SIZE_LIMIT:
         raise ArtifactError(f"detector.json: features of K = {shape.K}, D = {shape.D} cannot be")
-    generator = torch.Generator().manual_seed(0)
+    generator = _generator()
 
     def drawn(*size: int) -> Tensor:
         return torch.rand(*size, generator=generator, dtype=torch.float64).to(device)
@@ -289,11 +351,30 @@ def _try(recipe: Recipe, learnt: Learnt, shape: _Shape, device: torch.device) ->
         layers={name: drawn(2, *size) for name, size in shape.layers.items()},
         head=head,
     )
+    _attempt(lambda: scored(shaped(features, recipe.shapers, learnt.shapers), recipe, learnt))
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def _attempt(work: Callable[[], Any]) -> None:
+    """Do what scoring would do with a state that was read; what fails there is the state's fault."""
     try:
         with torch.no_grad():
-            scored(shaped(features, recipe.shapers, learnt.shapers), recipe, learnt)
-    except OodcoreError as error:
+            work()
+    except DataError as error:
         if "not finite" not in str(error):
             raise ArtifactError(f"the state does not fit the configuration: {error}") from error
     except Exception as error:
         raise ArtifactError(f"the state does not fit the configuration: {error!r}") from error
+
+
+def _calibrate(decision: Decision, saved: _Calibration | None) -> None:
+    if saved is None:
+        return
+    if saved.scores.dtype != torch.float64 or saved.scores.ndim != 1 or not len(saved.scores):
+        raise ArtifactError("the calibration scores are not a row of numbers")
+    decision.calibration = Calibration(saved.scores.numpy())
+    decision.calibration.threshold(saved.false_alarm_rate)
+    decision.false_alarm_rate = saved.false_alarm_rate

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, Protocol
 
 import torch
 from pydantic import NonNegativeFloat
@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 
 from oodcore.component import Component
 from oodcore.data import Batch
-from oodcore.errors import OodcoreError
 from oodcore.discovery import head_of
+from oodcore.errors import OodcoreError
 from oodcore.features import Features
 
 Closure = Callable[[], Tensor]
@@ -60,7 +60,7 @@ class TrainModel(nn.Module):
     """The network being trained, with a head that can be replaced and branches beside it.
 
     Args:
-        network: any classifier; called with the inputs, or with their names where they are a mapping.
+        network: any classifier; a mapping of inputs is passed as its keyword arguments.
         head: the name of the head in the network: the module whose output ``[N, K]`` is the
             network's, a linear layer or one with a ``head: Head`` attribute.
 
@@ -89,7 +89,7 @@ class TrainModel(nn.Module):
             setattr(self.network.get_submodule(parent), leaf, value)
 
     def forward(self, inputs: Any) -> Features:
-        """Embeddings ``[N, D]``, logits ``[N, K]`` and branches, differentiable, in the model's type.
+        """Embeddings ``[N, D]``, logits ``[N, K]`` and branches, in the model's type.
 
         Raises:
             OodcoreError: the head did not run exactly once.
@@ -249,10 +249,10 @@ class Step:
 class Regularizer(Component):
     """A method that acts while a network is trained.
 
-    Every hook is optional. The loss of a step is ``criterion(features, labels).mean()`` plus the sum
-    of ``weight_at(epoch) * loss(step, state)`` over the regularizers. What a regularizer remembers
-    is the module that ``build`` returns: it is kept beside the network, moved to the device, saved
-    and restored, and no main optimizer trains it.
+    Every hook is optional. The loss of a step is ``criterion(features, labels).mean()`` plus the
+    sum of ``weight_at(epoch) * loss(step, state)`` over the regularizers. What a regularizer
+    remembers is the module that ``build`` returns: it is kept beside the network, moved to the
+    device, saved and restored, and the main optimizer does not train it.
 
     A weight of 0 switches a regularizer off whole. Draw from ``step.generator`` alone, and change
     nothing in ``criterion`` and ``loss``: they may run several times a step.
@@ -342,7 +342,7 @@ def held_statistics(model: nn.Module) -> Iterator[None]:
         if buffer is not None
     ]
     for module, name, buffer in kept:
-        module._buffers[name] = cast(Tensor, buffer).clone()
+        module._buffers[name] = buffer.clone()
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ import platform
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -293,7 +293,7 @@ class Results:
         folder.mkdir(parents=True, exist_ok=True)
         table = io.StringIO()
         writer = csv.writer(table, lineterminator="\n")
-        writer.writerow(Row.__dataclass_fields__)
+        writer.writerow(column.name for column in fields(Row))
         writer.writerows(asdict(row).values() for row in self.rows)
         write_text(folder / "results.csv", table.getvalue())
         content = {

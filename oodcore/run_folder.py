@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save
 
 from oodcore.engine import prepare_model, taking_part
 from oodcore.errors import ArtifactError
+from oodcore.messages import explain
 from oodcore.regularizer import Run, TrainModel
 from oodcore.training_config import Blueprint, TrainingConfig
 
@@ -68,8 +69,8 @@ class RunFolder:
         """
         if strange := self._strange():
             raise ArtifactError(
-                f"{self.path} is no training run and holds {', '.join(strange[:5])}; choose another "
-                "folder"
+                f"{self.path} is no training run, and holds {', '.join(strange[:5])}; choose "
+                "another folder"
             )
         if self.started and not resume and not overwrite:
             state = "a finished run" if self.finished else "a run that can go on with resume=True"
@@ -101,11 +102,9 @@ class RunFolder:
 
     def finish(self, run: Run, record: Mapping[str, Any]) -> None:
         """The weights, then the record that says that the run is done; the checkpoints go."""
-        tensors = {
-            name: value.detach().cpu().contiguous()
-            for name, value in run.model.state_dict().items()
-        }
-        weights = save(tensors)
+        state = run.model.state_dict()
+        # Copies, for the format refuses two names of one tensor, as tied weights are.
+        weights = save({name: value.cpu().clone().contiguous() for name, value in state.items()})
         self._write(WEIGHTS, weights)
         shape = {name: getattr(run, name) for name in SHAPE}
         document = {
@@ -158,8 +157,6 @@ class RunFolder:
         try:
             return Blueprint.model_validate(parts)
         except ValidationError as error:
-            from oodcore.config import explain
-
             raise ArtifactError(explain(error, at=str(self.path / CONFIG))) from None
 
     def _strange(self) -> list[str]:

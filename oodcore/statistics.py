@@ -429,7 +429,7 @@ class Sample(_Keeping):
 
     def update(self, state: State, features: Features) -> State:
         columns = self._columns(features)
-        columns["hashes"] = hashed(columns["ids"], self.seed).to(columns["ids"].device)
+        columns["hashes"] = hashed(columns["ids"], self.seed, "sample").to(columns["ids"].device)
         if self.fraction is not None and self.fraction < 1:
             taken = columns["hashes"] < int(self.fraction * 2**63)
             columns = {name: values[taken] for name, values in columns.items()}

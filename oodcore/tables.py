@@ -35,7 +35,7 @@ def columns(results: Results, metric: str = "auroc") -> tuple[Column, ...]:
     sets = [Column(ood.name, metric, ood.name, ood.group) for ood in results.ood_data]
     means = [Column("mean", metric, "mean", "all")] if len(sets) > 1 else []
     if len({ood.group for ood in results.ood_data}) > 1:
-        means += [Column(group, metric, "mean", group) for group in results.groups]
+        means += [Column(f"{group} mean", metric, "mean", group) for group in results.groups]
     inside = results.id_data
     measured = {row.metric for row in results.rows}
     alone = [

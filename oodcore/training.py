@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import nn
 
 from oodcore import __version__
 from oodcore.batches import Batches, Loader, Rows
 from oodcore.component import Component
+from oodcore.config import validate
 from oodcore.data import Batch, to_device
 from oodcore.engine import Engine
-from oodcore.errors import ConfigurationError, DataError, ExtraError
+from oodcore.errors import ConfigurationError, ExtraError
 from oodcore.extractor import FeatureModel
+from oodcore.factory import load_weights
 from oodcore.plugins import registry
 from oodcore.regularizer import Run, TrainModel, place
 from oodcore.run_folder import RunFolder
@@ -69,7 +70,8 @@ def train(
     """
     if resume and overwrite:
         raise ConfigurationError("resume goes on with a run and overwrite replaces it; give one")
-    config = _checked(config)
+    if not isinstance(config, TrainingConfig):
+        config = validate(TrainingConfig, config)
     drive = _lightning().drive
     folder = RunFolder(Path(out))
     device, rank, world = _place(config)
@@ -111,17 +113,6 @@ def train(
             folder.finish(engine.run, _record(config, engine))
         _barrier(world)
     return folder.path
-
-
-def _checked(config: TrainingConfig | Mapping[str, Any]) -> TrainingConfig:
-    if isinstance(config, TrainingConfig):
-        return config
-    try:
-        return TrainingConfig.model_validate(config)
-    except ValidationError as error:
-        from oodcore.config import explain
-
-        raise ConfigurationError(explain(error)) from None
 
 
 def _lightning() -> Any:
@@ -226,6 +217,8 @@ def _model(
 ) -> tuple[TrainModel, int, tuple[int, ...]]:
     """The network with its head found, the size of its embeddings, and the shape of an input."""
     network = config.network.build(place(config.seed, "network"))
+    if config.network.weights is not None:
+        _start_from(network, config.network.weights)
     example = rows.read([0]).inputs
     wrapped = FeatureModel.wrap(network)
     name = wrapped.head_name(example)
@@ -240,6 +233,18 @@ def _model(
         )
     shape = tuple(example.shape[1:]) if isinstance(example, torch.Tensor) else ()
     return TrainModel(network, name), features.embeddings.shape[1], shape
+
+
+def _start_from(network: nn.Module, weights: Path) -> None:
+    """Give a network the weights in a file, or those that a run left in its folder."""
+    if not weights.is_dir():
+        load_weights(network, weights)
+        return
+    trained, _ = RunFolder(weights).load()
+    try:
+        network.load_state_dict(trained.network.state_dict())
+    except RuntimeError as error:
+        raise ConfigurationError(f"the network of {weights} is another: {error}") from None
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:

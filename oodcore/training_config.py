@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -21,7 +19,7 @@ from pydantic_core import PydanticCustomError
 from torch import nn
 
 from oodcore import factory
-from oodcore.component import Slot, _plain
+from oodcore.component import FilePath, Settings, Slot
 from oodcore.data import Source
 from oodcore.factory import Arguments, Importable
 from oodcore.preprocess import Preprocess
@@ -31,36 +29,22 @@ _WARM = 0.01
 """The share of the learning rate at which a warm-up begins."""
 
 
-class _Settings(BaseModel):
-    """As a component: frozen, unknown fields refused, numbers strict, lists become tuples."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_configuration(cls, data: Any) -> Any:
-        if isinstance(data, str) and "kind" in cls.model_fields:
-            return {"kind": data}
-        if isinstance(data, Mapping):
-            return {key: _plain(value) for key, value in data.items()}
-        return data
-
-
-class NetworkConfig(_Settings):
+class NetworkConfig(Settings):
     """A network that an importable factory makes; its random weights come from the run's seed.
 
     Args:
         factory: ``package.module:function``, which gives an ``nn.Module``.
         arguments: its keyword arguments.
+        weights: what training starts from, where it is not random weights: the folder of a finished
+            run, or a file with the network's whole state dict (safetensors or torch).
     """
 
     factory: Importable
     arguments: Arguments = Arguments()
+    weights: FilePath | None = None
 
     def build(self, seed: int) -> nn.Module:
-        """The network, on the CPU; the global random generator is left alone.
+        """The network with random weights, on the CPU; the global generator is left alone.
 
         Raises:
             ConfigurationError: the factory cannot be imported or called, or gives no module.
@@ -68,7 +52,7 @@ class NetworkConfig(_Settings):
         return factory.network(self.factory, self.arguments, seed)
 
 
-class OptimizerConfig(_Settings):
+class OptimizerConfig(Settings):
     """What turns gradients into updates.
 
     Args:
@@ -109,7 +93,7 @@ class OptimizerConfig(_Settings):
         return cls(parameters, lr=self.lr, weight_decay=self.weight_decay)
 
 
-class ScheduleConfig(_Settings):
+class ScheduleConfig(Settings):
     """The learning rate as a pure function of the epochs done, set at every step.
 
     Args:
@@ -126,6 +110,11 @@ class ScheduleConfig(_Settings):
     final: NonNegativeFloat = 0.0
     milestones: tuple[PositiveInt, ...] = ()
     factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_kind(cls, data: Any) -> Any:
+        return {"kind": data} if isinstance(data, str) else data
 
     @model_validator(mode="after")
     def _check(self) -> ScheduleConfig:
@@ -158,7 +147,7 @@ class ScheduleConfig(_Settings):
         return lambda epoch: lr * self.factor ** sum(epoch >= at for at in self.milestones)
 
 
-class Blueprint(_Settings):
+class Blueprint(Settings):
     """What is needed of a run's configuration to make its model again.
 
     Args:
@@ -250,6 +239,6 @@ class TrainingConfig(Blueprint):
         return self.model_dump(mode="json")
 
     def learning(self) -> dict[str, Any]:
-        """The part of ``dump`` that decides what is learnt: all but where and how it is computed."""
+        """The part of ``dump`` that decides what is learnt, not where and how it is computed."""
         aside = {"device", "checkpoint_every", "num_workers"}
         return {name: value for name, value in self.dump().items() if name not in aside}

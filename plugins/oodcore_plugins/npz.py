@@ -85,15 +85,15 @@ class Npz(oodcore.Source):
     def _read(self) -> tuple[Array, Array]:
         if not self.path.is_file():
             raise DataError(f"there is no file {self.path}")
-        try:
-            archive = np.load(self.path, allow_pickle=False)
-        except _UNREADABLE:
-            raise DataError(f"{self.path} is damaged, or no .npz archive") from None
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise DataError(
-                f"{self.path} is a single array; save it with np.savez(path, {self.inputs}=array)"
-            )
-        with archive:
+        with open(self.path, "rb") as file:
+            try:
+                archive = np.load(file, allow_pickle=False)
+            except _UNREADABLE:
+                raise DataError(f"{self.path} is damaged, or no .npz archive") from None
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise DataError(
+                    f"{self.path} is one array; save it with np.savez(path, {self.inputs}=array)"
+                )
             inputs = _array(archive, self.inputs, self.path)
             if self.labels is None:
                 return inputs, np.full(len(inputs), -1)
@@ -215,8 +215,9 @@ def _check_values(inputs: Array, layout: Layout, scale: float, where: str) -> No
     if not (np.isfinite(lowest) and np.isfinite(highest)):
         row = next(row for row in range(len(inputs)) if not np.isfinite(inputs[row]).all())
         raise DataError(f"{where}: row {row} has numbers that are not finite")
-    if max(-lowest, highest) > np.finfo(np.float32).max:
-        raise DataError(f"{where} holds numbers up to {highest:g}, too large for float32")
+    largest = max(-lowest, highest)
+    if largest / min(scale, 1.0) > float(np.finfo(np.float32).max):
+        raise DataError(f"{where} holds {largest:g}, too large for float32 (scale: {scale:g})")
     if layout != "plain" and (lowest < 0 or highest > scale):
         raise DataError(
             f"{where} holds numbers from {lowest:g} to {highest:g}, and pixels are in [0, 1] "

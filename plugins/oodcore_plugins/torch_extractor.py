@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import oodcore
+from oodcore import Extractor, FeatureModel, hookimpl
 from oodcore.component import FilePath
 from oodcore.factory import Arguments, Importable, load_weights, network
+from oodcore.hookspecs import Register
 
 
-class TorchExtractor(oodcore.Extractor):
+class TorchExtractor(Extractor):
     """A ``torch.nn.Module`` from a factory, with its weights.
 
     What a configuration names as factory is code: loading imports and calls it. Where no weights
@@ -30,7 +31,7 @@ class TorchExtractor(oodcore.Extractor):
     head: str | None = "auto"
     layers: tuple[str, ...] = ()
 
-    def load(self) -> oodcore.FeatureModel:
+    def load(self) -> FeatureModel:
         """The model, on the CPU.
 
         Raises:
@@ -40,12 +41,12 @@ class TorchExtractor(oodcore.Extractor):
         module = network(self.factory, self.arguments)
         if self.weights is not None:
             load_weights(module, self.weights)
-        return oodcore.FeatureModel.wrap(module, self.head, self.layers, self.preprocess)
+        return FeatureModel.wrap(module, self.head, self.layers, self.preprocess)
 
     def code(self) -> tuple[str, ...]:
         return (self.factory,)
 
 
-@oodcore.hookimpl
-def register_extractors(register):
+@hookimpl
+def register_extractors(register: Register) -> None:
     register(TorchExtractor)

@@ -59,7 +59,10 @@ def test_squares_are_those_of_an_image_library(height: int, width: int) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(
-    height=st.integers(1, 20), width=st.integers(1, 20), size=st.integers(1, 24), c=st.integers(1, 3)
+    height=st.integers(1, 20),
+    width=st.integers(1, 20),
+    size=st.integers(1, 24),
+    c=st.integers(1, 3),
 )
 def test_squares_have_their_size_and_stay_in_range(
     height: int, width: int, size: int, c: int

@@ -188,7 +188,7 @@ def test_workers_and_pickle_give_the_same_rows(saved: Any) -> None:
         ({"x": images(2, 4, 5, 6)}, {"labels": None, "layout": "hwc"}, "one or three channels"),
         ({"x": images(2, 4, 5)}, {"labels": None, "layout": "chw"}, r"layout 'chw' is \[N, C"),
         ({"x": images(2)}, {"labels": None, "layout": "chw"}, r"layout 'chw' is \[N, C"),
-        ({"x": images(2, 0, 4)}, {"labels": None}, "no rows"),
+        ({"x": images(2, 0, 4)}, {"labels": None}, "images without pixels"),
         ({"x": images(2, 4)}, {"labels": None, "size": 2}, "no images"),
         ({"x": images(2, 4)}, {"labels": None, "colour": "grey"}, "no images"),
         ({"x": np.full((2, 2, 2), 255.0)}, {"labels": None}, "from 255 to 255.* set scale"),
@@ -270,7 +270,13 @@ def test_a_member_that_is_no_array(tmp_path: Path) -> None:
 
 
 def test_fields_are_checked() -> None:
-    for fields in ({"part": (0.5, 0.5)}, {"part": (0, 1.5)}, {"scale": 0}, {"size": 0}, {"path": 3}):
+    for fields in (
+        {"part": (0.5, 0.5)},
+        {"part": (0, 1.5)},
+        {"scale": 0},
+        {"size": 0},
+        {"path": 3},
+    ):
         with pytest.raises(ValidationError):
             Npz(**{"path": "data.npz", **fields})
 

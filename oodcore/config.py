@@ -1,0 +1,269 @@
+"""Configurations: what a file says about a detector or a benchmark, checked.
+
+Paths in a configuration are relative to the working directory, as on a command line.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    StringConstraints,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from oodcore.component import Component, Settings, Slot, canonical, suggestion
+from oodcore.data import Source
+from oodcore.document import Document, Route, read
+from oodcore.errors import ConfigurationError
+from oodcore.extractor import Extractor
+from oodcore.messages import explain
+from oodcore.plugins import registry
+from oodcore.scorer import Scorer, Shaper, check_recipe
+
+__all__ = [
+    "BenchmarkConfig",
+    "Candidate",
+    "DetectorConfig",
+    "Document",
+    "canonical",
+    "explain",
+    "read",
+    "validate",
+]
+
+Model = TypeVar("Model", bound=BaseModel)
+Name = Annotated[str, StringConstraints(min_length=1)]
+Names = Annotated[tuple[Name, ...], BeforeValidator(lambda v: tuple(v) if type(v) is list else v)]
+Fault = tuple[Route, str]
+Rows = Annotated[Source, Slot("source")]
+Shapers = tuple[Annotated[Shaper, Slot("shaper")], ...]
+
+
+class Configuration(Settings):
+    """What a detector's and a benchmark's configuration have in common.
+
+    One file may serve both: a detector leaves ``id_test``, ``ood`` and ``groups`` alone.
+
+    Args:
+        extractor: the model; left out, data is features or embeddings already.
+        shapers: what reshapes features before they are scored, in turn.
+        train: in-distribution rows to fit on.
+        held_out: in-distribution rows for what is measured on rows that nothing was fitted on.
+        calibrate: in-distribution rows for p-values, neither fitted on nor held out.
+        id_test: in-distribution rows to evaluate on.
+        ood: rows that are not in-distribution, by name.
+        groups: names of such rows that are averaged, by the group's name: ``near: [cifar100]``.
+        false_alarm_rate: the share of in-distribution inputs that may be flagged, in (0, 1).
+        batch_size: rows that pass through the model at once.
+        num_workers: processes that read data; 0 reads in this one.
+        device: "auto", or as torch names it: "cpu", "cuda", "cuda:1", "mps".
+        seed: of everything random.
+    """
+
+    extractor: Annotated[Extractor, Slot("extractor")] | None = None
+    shapers: Shapers = ()
+    train: Rows | None = None
+    held_out: Rows | None = None
+    calibrate: Rows | None = None
+    id_test: Rows | None = None
+    ood: Mapping[Name, Rows] | None = None
+    groups: Mapping[Name, Names] | None = None
+    false_alarm_rate: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    batch_size: PositiveInt = 256
+    num_workers: NonNegativeInt = 0
+    device: Annotated[str, StringConstraints(pattern="^[a-z]+(:[0-9]+)?$")] = "auto"
+    seed: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _check_rules(self) -> Configuration:
+        if faults := self._faults():
+            details = [
+                InitErrorDetails(
+                    type=PydanticCustomError("rule", "{text}", {"text": text}),
+                    loc=route,
+                    input=None,
+                )
+                for route, text in faults
+            ]
+            raise ValidationError.from_exception_data(type(self).__name__, details)
+        return self
+
+    def _faults(self) -> list[Fault]:
+        """What is wrong between fields, each with its place."""
+        known = list(self.ood or ())
+        return [
+            (("groups", group, index), f"there is no '{name}' in ood{suggestion(name, known)}")
+            for group, names in (self.groups or {}).items()
+            for index, name in enumerate(names)
+            if name not in known
+        ]
+
+
+class DetectorConfig(Configuration):
+    """A detector: an extractor, shapers, a scorer, and the rows it is fitted and calibrated on.
+
+    Args:
+        scorer: the method.
+    """
+
+    scorer: Annotated[Scorer, Slot("scorer")]
+
+    def _faults(self) -> list[Fault]:
+        return super()._faults() + _recipe_faults(self.scorer, self.shapers, ("scorer",))
+
+
+class Candidate(Settings):
+    """A detector that takes part in a benchmark.
+
+    Args:
+        name: in tables; left out, it is made of the kinds and of the fields that tell it apart.
+        shapers: its own, in place of the benchmark's.
+        scorer: the method.
+    """
+
+    name: Name | None = None
+    shapers: Shapers | None = None
+    scorer: Annotated[Scorer, Slot("scorer")]
+
+
+def _form(item: Any) -> str:
+    if isinstance(item, Candidate):
+        return "(candidate)"
+    return "(candidate)" if isinstance(item, Mapping) and "kind" not in item else "(scorer)"
+
+
+Item = Annotated[
+    Annotated[Scorer, Slot("scorer"), Tag("(scorer)")] | Annotated[Candidate, Tag("(candidate)")],
+    Discriminator(_form),
+]
+
+
+class BenchmarkConfig(Configuration):
+    """Many detectors on many data sets.
+
+    Args:
+        scorer: one method, where a detector's file is used for a benchmark.
+        scorers: the methods, each a scorer or a mapping ``{name, shapers, scorer}``; or
+            ``installed``, every scorer that needs no field.
+        models: extractors by name, in place of ``extractor``: everything is done for each.
+        id_test: in-distribution rows to evaluate on.
+        ood: rows that are not in-distribution, by name; at least one set.
+    """
+
+    scorer: Annotated[Scorer, Slot("scorer")] | None = None
+    scorers: Annotated[tuple[Item, ...], Field(min_length=1)] | Literal["installed"] | None = None
+    models: (
+        Annotated[Mapping[Name, Annotated[Extractor, Slot("extractor")]], Field(min_length=1)]
+        | None
+    ) = None
+    id_test: Rows
+    ood: Annotated[Mapping[Name, Rows], Field(min_length=1)]
+
+    def _faults(self) -> list[Fault]:
+        wrong = super()._faults()
+        if self.scorer is None and self.scorers is None:
+            wrong.append((("scorers",), "is needed: a list of scorers, or 'installed'"))
+        if self.scorer is not None and self.scorers is not None:
+            wrong.append((("scorer",), "is in the way of scorers; keep one of the two"))
+        if self.extractor is not None and self.models is not None:
+            wrong.append((("extractor",), "is in the way of models; keep one of the two"))
+        names: dict[str, int] = {}
+        listed = self.scorers if isinstance(self.scorers, tuple) else ()
+        for index, candidate in enumerate(self.candidates() if listed else ()):
+            route: Route = ("scorers", index)
+            wrong += _recipe_faults(candidate.scorer, candidate.shapers or (), route)
+            first = names.setdefault(str(candidate.name), index)
+            if first != index:
+                text = f"'{candidate.name}' is scorers.{first} already; give it another name"
+                wrong.append((route, text))
+        if self.scorer is not None:
+            wrong += _recipe_faults(self.scorer, self.shapers, ("scorer",))
+        return wrong
+
+    def candidates(self) -> tuple[Candidate, ...]:
+        """The detectors that take part, each with its name and its shapers."""
+        items: tuple[Scorer | Candidate, ...]
+        if self.scorers == "installed":
+            items = _installed()
+        elif self.scorers is None:
+            items = () if self.scorer is None else (self.scorer,)
+        else:
+            items = self.scorers
+        given = [Candidate(scorer=item) if isinstance(item, Scorer) else item for item in items]
+        full = [
+            item if item.shapers is not None else item.model_copy(update={"shapers": self.shapers})
+            for item in given
+        ]
+        plain = [item.name or _title(item, fields=False) for item in full]
+        often = Counter(plain)
+        return tuple(
+            item.model_copy(update={"name": name if often[name] == 1 else _title(item)})
+            if item.name is None
+            else item
+            for item, name in zip(full, plain, strict=True)
+        )
+
+
+def validate(model: type[Model], data: Document | Mapping[str, Any]) -> Model:
+    """The configuration that a document or a mapping holds.
+
+    Raises:
+        ConfigurationError: with all that is wrong, one line each, as ``explain`` puts it.
+    """
+    document = data if isinstance(data, Document) else Document(data)
+    try:
+        return model.model_validate(document.data)
+    except ValidationError as error:
+        raise ConfigurationError(explain(error, document=document, wanted=model)) from None
+
+
+def _installed() -> tuple[Scorer, ...]:
+    """Every registered scorer that can be made of its kind alone."""
+    scorers = []
+    for cls in registry.all("scorer").values():
+        try:
+            scorer = cls()
+        except ValidationError:
+            continue
+        if isinstance(scorer, Scorer) and not _recipe_faults(scorer, (), ()):
+            scorers.append(scorer)
+    return tuple(scorers)
+
+
+def _recipe_faults(scorer: Scorer, shapers: tuple[Shaper, ...], route: Route) -> list[Fault]:
+    try:
+        check_recipe(scorer, shapers)
+    except ConfigurationError as error:
+        return [(route, str(error).removeprefix("scorer: "))]
+    return []
+
+
+def _title(item: Candidate, fields: bool = True) -> str:
+    parts: list[Component] = [*(item.shapers or ()), item.scorer]
+    return " + ".join(_described(part) if fields else type(part).kind for part in parts)
+
+
+def _described(part: Component) -> str:
+    """A kind and the fields that are not at their default: ``knn(k=50)``."""
+    told = []
+    for name, field in type(part).model_fields.items():
+        value = getattr(part, name)
+        if field.is_required() or value != field.get_default(call_default_factory=True):
+            inner = value if isinstance(value, tuple) else (value,)
+            if inner and all(isinstance(one, Component) for one in inner):
+                told.append(" ".join(_described(one) for one in inner))
+            else:
+                told.append(f"{name}={canonical(value)}")
+    return f"{type(part).kind}({', '.join(told)})" if told else type(part).kind
