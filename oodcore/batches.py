@@ -141,6 +141,16 @@ class Batches(Dataset[Any]):
         batch = self.rows.read(self.numbers(step)[self._rank :: self._world])
         return batch.inputs, batch.labels, batch.ids, self._outliers(step)  # type: ignore[return-value]
 
+    def loader(self, first: int, last: int, num_workers: int = 0) -> DataLoader[Any]:
+        """The steps from ``first`` to before ``last``, one after another."""
+        return DataLoader(
+            self,
+            batch_size=None,
+            sampler=range(first, last),
+            num_workers=num_workers,
+            generator=torch.Generator().manual_seed(first),
+        )
+
     def numbers(self, step: int) -> list[int]:
         """The rows of a step, over all processes."""
         epoch, batch = divmod(step, self.steps_per_epoch)
@@ -172,40 +182,6 @@ class Batches(Dataset[Any]):
             keys = hashed(torch.arange(rows), place(self._seed, name, turn))
             known = self._orders[name] = (turn, np.argsort(keys.numpy(), kind="stable"))
         return known[1]
-
-
-class Loader:
-    """One epoch's batches at a time, from the step that ``position`` gives.
-
-    Lightning asks for an iterator before it tells a resumed epoch's number, and again for every
-    further epoch; so the position comes from the run itself, when the iterator is made.
-    """
-
-    def __init__(self, batches: Batches, position: Callable[[], int], num_workers: int = 0) -> None:
-        self._batches, self._position, self._workers = batches, position, num_workers
-
-    def __len__(self) -> int:
-        return self._batches.steps_per_epoch
-
-    def __iter__(self) -> Iterator[Any]:
-        first = self._position()
-        last = (first // len(self) + 1) * len(self)
-        return iter(
-            DataLoader(
-                self._batches,
-                batch_size=None,
-                sampler=range(first, last),
-                num_workers=self._workers,
-                generator=torch.Generator().manual_seed(first),
-            )
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: the run knows its position. That there is such a method says it can resume."""
-        return {"step": self._position()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing, as above."""
 
 
 def joined(parts: Iterable[Any]) -> Any:

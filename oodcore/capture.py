@@ -5,13 +5,12 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from oodcore.component import suggestion
 from oodcore.errors import ConfigurationError
@@ -27,38 +26,43 @@ _EAGER = threading.RLock()
 class Firing:
     """One run of a module that may be the head.
 
-    The tensors are kept only where each input has one row; ``shape`` is that of the embeddings,
-    ``output`` the very object that the module gave, ``logits`` a copy of it.
+    The tensors are kept only where each input has one row; ``taken`` and ``given`` are the shapes
+    of the embeddings and logits, ``output`` is the very object that the module gave, ``logits`` a
+    copy of it.
     """
 
-    shape: tuple[int, ...]
+    taken: tuple[int, ...]
+    given: tuple[int, ...]
     embeddings: Tensor | None = None
     output: Tensor | None = None
     logits: Tensor | None = None
 
 
 class Call:
-    """One call of a module: hooks for its length, and what they caught, in this thread alone.
+    """One call of a module: hooks, and what they caught, in this thread alone.
 
-    What is caught is on the way to what comes after it, so that gradients reach it, and it is a
-    copy, so that what the module changes in place does not.
+    For the length of a with-block the module is in evaluation mode; afterwards hooks are off and
+    modes are back. What is caught is on the way to what comes after it, so that gradients reach it,
+    and it is a copy, so that what the module changes in place does not.
 
     Args:
+        module: what is called.
         rows: how many inputs there are.
     """
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, module: nn.Module, rows: int) -> None:
+        self.module = module
         self.rows = rows
         self.heads: dict[str, list[Firing]] = defaultdict(list)
         self._layers: dict[str, list[Tensor]] = defaultdict(list)
-        self._handles: list[RemovableHandle] = []
+        self._exit = ExitStack()
 
     def __enter__(self) -> Call:
+        self._exit.enter_context(evaluating(self.module))
         return self
 
     def __exit__(self, *error: object) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self._exit.close()
 
     def watch_layer(self, name: str, part: nn.Module, change: Change | None = None) -> None:
         """Capture a submodule's output, after ``change`` where that is given."""
@@ -78,7 +82,7 @@ class Call:
             onwards = change is not None or kept.requires_grad
             return _with_activation(output, kept.clone()) if onwards else None
 
-        self._handles.append(part.register_forward_hook(hook))
+        self._exit.callback(part.register_forward_hook(hook).remove)
 
     def watch_head(self, name: str, part: nn.Module) -> None:
         """Capture a submodule's input and output, where each input has one row of them."""
@@ -103,24 +107,25 @@ class Call:
         def after(part: nn.Module, args: Any, output: Any) -> None:
             if not self._running:
                 return
-            shape, rows = entered.pop()
-            if rows is None or not isinstance(output, Tensor) or not self._one_each(output):
-                self.heads[name].append(Firing(shape))
+            taken, rows = entered.pop()
+            given = tuple(output.shape) if isinstance(output, Tensor) else ()
+            if rows is None or not given or not self._one_each(output):
+                self.heads[name].append(Firing(taken, given))
             else:
-                self.heads[name].append(Firing(shape, rows, output, output.clone()))
+                self.heads[name].append(Firing(taken, given, rows, output, output.clone()))
 
-        self._handles.append(part.register_forward_pre_hook(before, with_kwargs=True))
-        self._handles.append(part.register_forward_hook(after))
+        self._exit.callback(part.register_forward_pre_hook(before, with_kwargs=True).remove)
+        self._exit.callback(part.register_forward_hook(after).remove)
 
-    def run(self, module: nn.Module, inputs: Any) -> Any:
+    def run(self, inputs: Any) -> Any:
         """The module's output for the inputs; a mapping's entries are its keyword arguments."""
         outer = getattr(_RUNNING, "call", None)
-        with _evaluating(module), _eager(module):
+        with _eager(self.module):
             _RUNNING.call = self
             try:
                 if isinstance(inputs, Mapping):
-                    return module(**inputs)
-                return module(inputs)
+                    return self.module(**inputs)
+                return self.module(inputs)
             finally:
                 _RUNNING.call = outer
 
@@ -141,11 +146,11 @@ class Call:
         """
         _once(f"the head '{name}'", len(self.heads[name]))
         firing = self.heads[name][0]
-        if len(firing.shape) != 2 or firing.embeddings is None:
+        if len(firing.taken) != 2 or len(firing.given) != 2 or firing.embeddings is None:
             raise ConfigurationError(
-                f"the input of the head '{name}' is {list(firing.shape)} for {self.rows} inputs, "
-                "and embeddings are [N, D]; name a head behind the pooling, or wrap the model in a "
-                "module that pools or flattens"
+                f"the head '{name}' takes {list(firing.taken)} and gives {list(firing.given)} for "
+                f"{self.rows} inputs, and embeddings are [N, D], logits [N, K]; name a head behind "
+                "the pooling, or wrap the model in a module that pools or flattens"
             )
         return firing
 
@@ -154,7 +159,11 @@ class Call:
         return getattr(_RUNNING, "call", None) is self
 
     def _one_each(self, rows: Tensor) -> bool:
-        return rows.ndim > 1 and rows.shape[0] == self.rows and rows[:1].numel() == rows.shape[-1]
+        return (
+            rows.ndim > 1
+            and rows.shape[0] == self.rows
+            and rows.shape[1:].numel() == rows.shape[-1]
+        )
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -162,7 +171,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
     while True:
         if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
             module = module.module
-        elif isinstance(inner := module._modules.get("_orig_mod"), nn.Module):
+        elif isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
             module = inner
         else:
             return module
@@ -187,10 +196,11 @@ def submodule(module: nn.Module, name: str) -> nn.Module:
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode, and afterwards each submodule's own mode again.
 
-    Only the flag is set: ``eval()`` may be overridden to do more, such as merging weights.
+    Only the flag is set: ``eval()`` may be overridden to do more, such as merging weights. Weights
+    too are read in this mode: what computes them may update buffers in training.
     """
     modes = [(part, part.training) for part in module.modules()]
     try:
@@ -211,7 +221,7 @@ def _eager(module: nn.Module) -> Iterator[None]:
     How torch runs compiled code is a setting of the whole process, hence one lock.
     """
     compiled = any(
-        "_orig_mod" in part._modules or getattr(part, "_compiled_call_impl", None) is not None
+        hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None
         for part in module.modules()
     )
     if not compiled or not hasattr(torch.compiler, "set_stance"):

@@ -6,7 +6,7 @@ Paths in a configuration are relative to the working directory, as on a command 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -37,6 +37,7 @@ __all__ = [
     "Candidate",
     "DetectorConfig",
     "Document",
+    "candidates",
     "canonical",
     "explain",
     "read",
@@ -201,19 +202,53 @@ class BenchmarkConfig(Configuration):
             items = () if self.scorer is None else (self.scorer,)
         else:
             items = self.scorers
-        given = [Candidate(scorer=item) if isinstance(item, Scorer) else item for item in items]
-        full = [
-            item if item.shapers is not None else item.model_copy(update={"shapers": self.shapers})
-            for item in given
-        ]
-        plain = [item.name or _title(item, fields=False) for item in full]
-        often = Counter(plain)
-        return tuple(
-            item.model_copy(update={"name": name if often[name] == 1 else _title(item)})
-            if item.name is None
-            else item
-            for item, name in zip(full, plain, strict=True)
-        )
+        return _titled(items, self.shapers)
+
+
+def candidates(scorers: Any, shapers: Sequence[Any] = ()) -> tuple[Candidate, ...]:
+    """The detectors that a list of scorers stands for, each with its name and its shapers.
+
+    Args:
+        scorers: as in ``BenchmarkConfig``; instances are taken too.
+        shapers: for every item that names none of its own.
+
+    Raises:
+        ConfigurationError: an item that is none, or two of one name.
+    """
+    if isinstance(scorers, str) and scorers != "installed":
+        raise ConfigurationError(f"scorers is a list or 'installed', not {scorers!r}")
+    built: Any = tuple(registry.build("shaper", shaper) for shaper in shapers)
+    items = _installed() if isinstance(scorers, str) else [_item(item) for item in scorers]
+    titled = _titled(items, built)
+    often = Counter(candidate.name for candidate in titled)
+    if twice := [name for name, times in often.items() if times > 1]:
+        raise ConfigurationError(f"scorers: '{twice[0]}' occurs twice; give one another name")
+    return titled
+
+
+def _item(item: Any) -> Scorer | Candidate:
+    if isinstance(item, Candidate) or (isinstance(item, Mapping) and "kind" not in item):
+        return item if isinstance(item, Candidate) else validate(Candidate, item)
+    scorer: Any = registry.build("scorer", item)
+    return scorer  # type: ignore[no-any-return]
+
+
+def _titled(
+    items: Iterable[Scorer | Candidate], shapers: tuple[Shaper, ...]
+) -> tuple[Candidate, ...]:
+    given = [Candidate(scorer=item) if isinstance(item, Scorer) else item for item in items]
+    full = [
+        item if item.shapers is not None else item.model_copy(update={"shapers": shapers})
+        for item in given
+    ]
+    plain = [item.name or _title(item, fields=False) for item in full]
+    often = Counter(plain)
+    return tuple(
+        item.model_copy(update={"name": name if often[name] == 1 else _title(item)})
+        if item.name is None
+        else item
+        for item, name in zip(full, plain, strict=True)
+    )
 
 
 def validate(model: type[Model], data: Document | Mapping[str, Any]) -> Model:

@@ -347,10 +347,13 @@ def _texts(value: Sequence[Any]) -> bool:
 def _integers(value: Any, rows: int, name: str) -> Tensor | None:
     if value is None:
         return None
-    try:
-        tensor = _tensor(value, name) if isinstance(value, np.ndarray) else torch.as_tensor(value)
-    except (TypeError, ValueError):
-        raise DataError(f"{name} must be integers, one a row, not {value!r:.80}") from None
+    if isinstance(value, np.ndarray):
+        tensor = _tensor(value, name)
+    else:
+        try:
+            tensor = torch.as_tensor(value)
+        except (TypeError, ValueError):
+            raise DataError(f"{name} must be integers, one a row, not {value!r:.80}") from None
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise DataError(f"{name} must be integers, not {str(tensor.dtype).removeprefix('torch.')}")
     if tensor.shape != (rows,):

@@ -63,13 +63,13 @@ def reproduces(part: nn.Module, firing: Firing) -> bool:
         return _close(again, logits, size * max(_TOLERANCE.get(kind, 1e-2) for kind in types))
 
 
-def find_head(call: Call, module: nn.Module, output: Any) -> str:
-    """The name of the watched module whose output is the module's, and whose head explains it.
+def find_head(call: Call, output: Any) -> str:
+    """The name of the watched part whose output is the module's, and whose head explains it.
 
     Raises:
         ConfigurationError: there is none, or more than one; the message lists the linear layers.
     """
-    result = main(output)
+    module, result = call.module, main(output)
     near = [
         (name, firing)
         for name, firings in call.heads.items()
@@ -97,7 +97,7 @@ def find_head(call: Call, module: nn.Module, output: Any) -> str:
         name, firing = near[0]
         raise ConfigurationError(
             f"'{name}' gives the output of {type(module).__name__}, but its input is "
-            f"{list(firing.shape)}, or its output is not weight @ input + bias, so it is no head "
+            f"{list(firing.taken)}, or its output is not weight @ input + bias, so it is no head "
             f"for embeddings [N, D]. {cure}"
         )
     raise ConfigurationError(

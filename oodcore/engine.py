@@ -61,7 +61,7 @@ class Engine:
         self._sums: dict[str, Tensor] = {}
         self._steps: dict[str, Step] = {}
         self._extra: dict[str, Any] = {}
-        self._first: Features | None = None
+        self._first = Features(logits=torch.empty(0, 0))
         self._repeat = 0
         prepare_model(run, self.regularizers)
         run.model.to(run.device).train()
@@ -85,7 +85,7 @@ class Engine:
     def begin(self, inputs: Any, labels: Tensor, ids: Tensor, outliers: Any) -> None:
         """Take a batch that is on the run's device, and let each regularizer prepare for it."""
         self._inputs, self._labels, self._ids = inputs, labels, ids
-        self._repeat, self._first, self._extra = 0, None, {}
+        self._repeat, self._extra = 0, {}
         self._steps = {
             part.kind: Step(
                 kind=part.kind,
@@ -169,22 +169,27 @@ class Engine:
         """A step's way to the gradient, wrapped by each regularizer."""
         for part in self.regularizers:
             closure = part.wrap_closure(closure, optimizer)
-        return closure
+
+        def checked() -> Tensor:
+            loss = closure()
+            if self._repeat == 0:
+                raise ConfigurationError(
+                    f"step {self.index} made no pass: the wrap_closure of one of "
+                    f"{', '.join(part.kind for part in self.regularizers)} never calls its closure"
+                )
+            return loss
+
+        return checked
 
     def end(self) -> bool:
         """After the update: let each regularizer remember; whether an epoch is over."""
-        if self._first is None:
-            kinds = ", ".join(part.kind for part in self.regularizers)
-            raise ConfigurationError(
-                f"a step made no pass: wrap_closure of one of {kinds} did not call its closure"
-            )
         for part in self.regularizers:
             step = self._steps[part.kind]
             step.repeat, step.features = 0, self._first
             step.extra = None if step.extra is None else step.extra.detach()
             self._put("after", part.kind)
             part.after(step, self.states[part.kind])
-        self._steps, self._extra, self._first = {}, {}, None
+        self._steps, self._extra = {}, {}
         self.index += 1
         return self.index % self.run.steps_per_epoch == 0
 

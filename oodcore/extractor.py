@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from oodcore.capture import Call, Firing, submodule, unwrapped
+from oodcore.capture import Call, Firing, evaluating, submodule, unwrapped
 from oodcore.component import Component
 from oodcore.data import Batch, to_device
 from oodcore.discovery import candidates, find_head, head_of, main, reproduces
@@ -132,7 +132,8 @@ class FeatureModel:
             )
         module = unwrapped(module)
         if isinstance(head, str) and head != "auto":
-            head_of(submodule(module, head), head)
+            with _lock(module), evaluating(module):
+                head_of(submodule(module, head), head)
         return cls(module, head, (), preprocess).with_layers(layers)
 
     def __call__(self, inputs: Any, edit: Edit | None = None) -> Features:
@@ -177,7 +178,7 @@ class FeatureModel:
 
     def to(self, device: torch.device | str) -> FeatureModel:
         """This model, its module moved to a device (in place, as torch does)."""
-        with self._lock:
+        with _lock(self.module):
             self.module.to(device)
         return self
 
@@ -226,14 +227,9 @@ class FeatureModel:
             raise DataError("the head cannot be found with logits that are not finite")
         return self._memory.head
 
-    @property
-    def _lock(self) -> threading.RLock:
-        with _LOCKS_GUARD:
-            return _LOCKS.setdefault(self.module, threading.RLock())
-
     def _rerun(self, inputs: Any, edit: Edit | None = None) -> Features:
         inputs = _cast(to_device(_readable(inputs), self.device), self._dtype)
-        with self._lock:
+        with _lock(self.module):
             if edit and isinstance(self.head, str) and self._memory.head is None:
                 self._extract(inputs, {})  # an edited call may hide what is the head
             return self._extract(inputs, edit or {})
@@ -245,8 +241,9 @@ class FeatureModel:
 
     def _extract(self, inputs: Any, edit: Edit) -> Features:
         known = self._memory.head if self.head == "auto" else self.head
-        with Call(len(Batch(inputs))) as call:
-            for name in dict.fromkeys([*self.layers, *edit]):
+        names = tuple(dict.fromkeys([*self.layers, *edit]))
+        with Call(self.module, len(Batch(inputs))) as call:
+            for name in names:
                 call.watch_layer(name, submodule(self.module, name), edit.get(name))
             if isinstance(known, str):
                 call.watch_head(known, submodule(self.module, known))
@@ -254,31 +251,35 @@ class FeatureModel:
                 for name, part in candidates(self.module).items():
                     call.watch_head(name, part)
             output = self._run(call, inputs)
-        activations = {name: call.layer(name) for name in dict.fromkeys([*self.layers, *edit])}
-        fields = {
-            "layers": {name: activations[name] for name in self.layers},
-            "inputs": inputs,
-            "rerun": self._rerun,
-        }
+            activations = {name: call.layer(name) for name in names}
+            return Features(
+                **self._ends(call, output, known, remember=not edit),
+                layers={name: activations[name] for name in self.layers},
+                inputs=inputs,
+                rerun=self._rerun,
+            )
+
+    def _ends(
+        self, call: Call, output: Any, known: str | Head | None, remember: bool
+    ) -> dict[str, Any]:
+        """Embeddings, logits and head, as far as the model has them."""
         if not isinstance(self.head, str):
-            return Features(**_encoded(main(output), self.head, call.rows), **fields)
-        name = known if isinstance(known, str) else find_head(call, self.module, output)
-        firing = call.head(name)
-        part = submodule(self.module, name)
-        if self._memory.head is None and not edit:
+            return _encoded(main(output), self.head, call.rows)
+        name = known if isinstance(known, str) else find_head(call, output)
+        firing, part = call.head(name), submodule(self.module, name)
+        if remember and self._memory.head is None:
             self._remember(name, part, firing)
-        return Features(
-            embeddings=firing.embeddings,
-            logits=firing.logits,
-            head=_detached(head_of(part)),
-            **fields,
-        )
+        return {
+            "embeddings": firing.embeddings,
+            "logits": firing.logits,
+            "head": _detached(head_of(part)),
+        }
 
     def _run(self, call: Call, inputs: Any) -> Any:
         """The module's output; ``inputs`` stay what they are, whatever the module does to them."""
         writes = self._memory.writes
         sent = inputs if writes is False else _each(inputs, torch.clone)
-        output = call.run(self.module, sent)
+        output = call.run(sent)
         if writes is None:
             self._memory.writes = _written(sent)
         self._memory.rows += call.rows
@@ -293,6 +294,12 @@ class FeatureModel:
         logits = required(firing.logits, "logits")
         if len(logits) and bool(torch.isfinite(logits).all()):
             self._memory.head = name
+
+
+def _lock(module: nn.Module) -> threading.RLock:
+    """The one lock of a module, whatever wraps it; a call may hold it and call again."""
+    with _LOCKS_GUARD:
+        return _LOCKS.setdefault(module, threading.RLock())
 
 
 def _encoded(embeddings: Tensor, head: Head | None, rows: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Lightning's loop around an Engine: devices, processes, gradients, checkpoints and resuming."""
+"""Lightning's loop around an Engine: devices, processes, gradients and their clipping."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,10 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 from torch import Tensor
 from torch.optim import Optimizer
 
-from oodcore.batches import Loader
 from oodcore.engine import Engine
 
-ENGINE = "oodcore"
-"""The engine's key in a checkpoint."""
-
-
-Save = Callable[[Path], None]
-AfterStep = Callable[[Save, bool], bool]
-"""Called after each step with a way to write a checkpoint, and whether the step ended an epoch;
-whether to go on."""
+AfterStep = Callable[[bool], bool]
+"""Called after each step with whether it ended an epoch; whether to go on."""
 
 
 class _Stopped(Exception):
@@ -38,22 +31,24 @@ class _Stopped(Exception):
 
 def drive(
     engine: Engine,
-    loader: Loader,
+    batches: Iterable[Any],
     optimizer: Optimizer,
     *,
     folder: Path,
-    checkpoint: Path | None,
     gradient_clip: float | None,
     after_step: AfterStep,
 ) -> bool:
-    """Train an engine to the end of its last epoch, and let it finish.
+    """Train an engine from where it stands to the end of the run, and let it finish.
+
+    To Lightning the rest of the run is one epoch, begun afresh: its own counters of epochs and
+    batches come out wrong when a run that was resumed is resumed once more, and the engine knows
+    where it stands.
 
     Args:
-        engine: the engine, at its start.
-        loader: its batches.
+        engine: the engine; it and the optimizer are where the run is to go on.
+        batches: of the steps that are left.
         optimizer: of its model's parameters.
         folder: where Lightning would put files, had it any.
-        checkpoint: the file to resume from, or None.
         gradient_clip: the norm that the gradient is clipped to, or None.
         after_step: see ``AfterStep``.
 
@@ -66,12 +61,8 @@ def drive(
     previous = signal.getsignal(signal.SIGINT)
     with _quiet():
         try:
-            _trainer(engine, folder, gradient_clip, after_step).fit(
-                _Module(engine, optimizer),
-                train_dataloaders=loader,
-                ckpt_path=checkpoint,
-                weights_only=True,
-            )
+            trainer = _trainer(engine, folder, gradient_clip, after_step)
+            trainer.fit(_Module(engine, optimizer), train_dataloaders=batches)
         except _Stopped:
             return False
         except SystemExit as error:
@@ -100,7 +91,7 @@ def _trainer(
         devices=1 if alone else int(os.environ["LOCAL_WORLD_SIZE"]),
         num_nodes=1 if alone else run.world // int(os.environ["LOCAL_WORLD_SIZE"]),
         plugins=[environment],
-        max_epochs=run.epochs,
+        max_epochs=1,
         gradient_clip_val=gradient_clip,
         callbacks=[_Follow(engine, after_step)],
         default_root_dir=folder,
@@ -144,15 +135,9 @@ class _Module(LightningModule):
     def on_train_end(self) -> None:
         self._engine.finish()
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[ENGINE] = self._engine.state_dict()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._engine.load_state_dict(checkpoint[ENGINE])
-
 
 class _Follow(Callback):
-    """Ends each step. A callback, for Lightning calls those before the module's own hook."""
+    """Ends each step."""
 
     def __init__(self, engine: Engine, after_step: AfterStep) -> None:
         self._engine, self._after_step = engine, after_step
@@ -160,16 +145,7 @@ class _Follow(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        ends_epoch = self._engine.end()
-
-        def save(path: Path) -> None:
-            part = path.with_name(f".{path.name}.part")
-            trainer.save_checkpoint(part)
-            if trainer.is_global_zero:
-                os.replace(part, path)
-            trainer.strategy.barrier()
-
-        if not self._after_step(save, ends_epoch):
+        if not self._after_step(self._engine.end()):
             raise _Stopped
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -53,7 +54,8 @@ class Memory(nn.Module):
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
         """Give each optimizer back what it remembered."""
         for name, optimizer in self.own.items():
-            optimizer.load_state_dict(state[name])
+            # An optimizer keeps the very tensors that it is given, and writes to them.
+            optimizer.load_state_dict(deepcopy(state[name]))
 
 
 class TrainModel(nn.Module):

@@ -42,11 +42,8 @@ def render(results: Results) -> str:
     tables = {metric: _table(results, metric, order) for metric in SEPARATION}
     versions = _mapping(results.provenance.get("versions"))
     plugins = _mapping(results.provenance.get("plugins"))
-    others = {
-        name: value
-        for name, value in results.provenance.items()
-        if not (name == "versions" and versions) and not (name == "plugins" and plugins)
-    }
+    shown = {*versions, *(["versions"] if versions else []), *(["plugins"] if plugins else [])}
+    others = {name: value for name, value in results.provenance.items() if name not in shown}
     return environment.get_template("report.html.jinja").render(
         results=results,
         metrics=METRICS,

@@ -67,6 +67,7 @@ class Entry:
     def __post_init__(self) -> None:
         _printable(self.name, "a detector")
         _printable(self.model or "one", "a model")
+        _plain(self.citation, f"the citation of {self.name}")
         plain = _plain(self.configuration, f"the configuration of {self.name}")
         object.__setattr__(self, "configuration", plain)
 
@@ -209,7 +210,7 @@ class Results:
             tuple(rows),
             figures,
             {**(configuration or {}), **asked},
-            {"versions": versions(), "platform": platform.platform(), **(provenance or {})},
+            {"versions": versions(), **(provenance or {})},
         )
 
     @property
@@ -446,6 +447,6 @@ def _printable(name: str, what: str) -> None:
 def _plain(value: Any, what: str) -> Any:
     """A copy in plain JSON values, as it will be read back."""
     try:
-        return json.loads(json.dumps(value, allow_nan=False))
+        return json.loads(json.dumps(value, allow_nan=False, ensure_ascii=False).encode())
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigurationError(f"{what} cannot be recorded as JSON: {error}") from None

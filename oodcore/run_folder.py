@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -56,10 +57,6 @@ class RunFolder:
         found = sorted((self.path / CHECKPOINTS).glob("step-*.ckpt"))
         return found[-1] if found else None
 
-    def checkpoint_at(self, step: int) -> Path:
-        """Where the checkpoint after so many steps belongs."""
-        return self.path / CHECKPOINTS / f"step-{step:012d}.ckpt"
-
     def start(self, config: TrainingConfig, *, resume: bool, overwrite: bool) -> None:
         """Make the folder ready for a run, or for the rest of one.
 
@@ -86,10 +83,31 @@ class RunFolder:
         (self.path / CHECKPOINTS).mkdir(parents=True)
         self._write(CONFIG, _json(config.dump()))
 
-    def keep_newest(self) -> None:
-        """Remove every checkpoint but the newest."""
-        for path in sorted((self.path / CHECKPOINTS).glob("step-*.ckpt"))[:-1]:
-            path.unlink()
+    def save_checkpoint(self, step: int, state: Mapping[str, Any]) -> None:
+        """A checkpoint after so many steps, in place of the one before."""
+        content = io.BytesIO()
+        torch.save(state, content)
+        before = self.checkpoint
+        self._write(f"{CHECKPOINTS}/step-{step:012d}.ckpt", content.getbuffer())
+        if before is not None:
+            before.unlink()
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """What the newest checkpoint holds, on the CPU, or None.
+
+        Raises:
+            ArtifactError: it cannot be read.
+        """
+        path = self.checkpoint
+        if path is None:
+            return None
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ArtifactError(
+                f"{path} cannot be read: {error}; start the run again with overwrite=True"
+            ) from error
+        return state
 
     def write_metrics(self, history: Sequence[Mapping[str, float]]) -> None:
         """One row an epoch; a number that an epoch does not have is an empty cell."""
@@ -201,7 +219,7 @@ class RunFolder:
             raise ArtifactError(f"{self.path / name} is no JSON object")
         return document
 
-    def _write(self, name: str, content: bytes) -> None:
+    def _write(self, name: str, content: bytes | memoryview) -> None:
         part = self.path / _part(name)
         with part.open("wb") as file:
             file.write(content)
@@ -211,7 +229,8 @@ class RunFolder:
 
 
 def _part(name: str) -> str:
-    return f".{name}.part"
+    folder, slash, name = name.rpartition("/")
+    return f"{folder}{slash}.{name}.part"
 
 
 def _json(document: Mapping[str, Any]) -> bytes:

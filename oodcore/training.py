@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from oodcore import __version__
-from oodcore.batches import Batches, Loader, Rows
+from oodcore.batches import Batches, Rows
 from oodcore.component import Component
 from oodcore.config import validate
 from oodcore.data import Batch, to_device
@@ -81,11 +81,15 @@ def train(
         _barrier(world)
         if folder.finished:
             return folder.path
-        engine, loader, validation = _assembled(config, device, rank, world)
+        engine, batches, validation = _assembled(config, device, rank, world)
+        optimizer = config.optimizer.build(_trainable(engine.run.model))
+        if (state := folder.load_checkpoint()) is not None:
+            engine.run.model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            engine.load_state_dict(state["engine"])
         total = engine.run.epochs * engine.run.steps_per_epoch
 
-        def after_step(save: Callable[[Path], None], ends_epoch: bool) -> bool:
-            """Whether to go on."""
+        def after_step(ends_epoch: bool) -> bool:
             if ends_epoch:
                 engine.close(validation())
                 if rank == 0:
@@ -93,19 +97,20 @@ def train(
             every = config.checkpoint_every
             due = ends_epoch or (every is not None and engine.index % every == 0)
             if due and engine.index < total:
-                save(folder.checkpoint_at(engine.index))
+                state = {"engine": engine.state_dict()}
                 if rank == 0:
-                    folder.keep_newest()
+                    state["model"] = engine.run.model.state_dict()
+                    state["optimizer"] = optimizer.state_dict()
+                    folder.save_checkpoint(engine.index, state)
             if on_progress is not None and rank == 0:
                 on_progress(engine.index, total, engine.history[-1] if engine.history else {})
             return engine.index == total or stop_after is None or engine.index < stop_after
 
         done = drive(
             engine,
-            loader,
-            config.optimizer.build(_trainable(engine.run.model)),
+            batches.loader(engine.index, total, config.num_workers),
+            optimizer,
             folder=folder.path,
-            checkpoint=folder.checkpoint,
             gradient_clip=config.gradient_clip,
             after_step=after_step,
         )
@@ -166,7 +171,7 @@ def _generators(device: torch.device) -> Iterator[None]:
 
 def _assembled(
     config: TrainingConfig, device: torch.device, rank: int, world: int
-) -> tuple[Engine, Loader, Callable[[], Iterator[Batch] | None]]:
+) -> tuple[Engine, Batches, Callable[[], Iterator[Batch] | None]]:
     """Engine, batches, and a way to a pass over this process's share of the validation rows."""
     rows = Rows(config.train.open(), "the training data", config.preprocess)
     classes = config.classes or (rows.count_classes() if len(rows) else 2)
@@ -209,7 +214,7 @@ def _assembled(
             return None
         return _on(device, known.parts(config.batch_size, rank, world))
 
-    return engine, Loader(batches, lambda: engine.index, config.num_workers), validation
+    return engine, batches, validation
 
 
 def _model(

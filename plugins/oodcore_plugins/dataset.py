@@ -54,7 +54,7 @@ class ImportedDataset(oodcore.Source):
     def open(self) -> Dataset[Any]:
         data = built(self.factory, self.arguments)
         by_number = hasattr(data, "__len__") and hasattr(data, "__getitem__")
-        if not by_number or isinstance(data, IterableDataset | Mapping | str):
+        if not by_number or isinstance(data, IterableDataset | Mapping | str | type):
             raise DataError(
                 f"'{self.factory}' gave a {type(data).__name__}; a data set with a length and rows "
                 f"by number is needed"

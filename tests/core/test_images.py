@@ -71,7 +71,7 @@ def test_squares_have_their_size_and_stay_in_range(
     before = given.clone()
     square = squared(given, size)
     assert square.shape == (2, c, size, size)
-    assert 0 <= float(square.min())
+    assert float(square.min()) >= 0
     assert float(square.max()) <= 1
     assert torch.equal(given, before)
     assert torch.allclose(squared(torch.ones(1, c, height, width), size), torch.ones(()))

@@ -145,7 +145,7 @@ class Endless(IterableDataset[Any]):
     "data", [None, 3, "text", Endless(), {"train": tensors()}, {1, 2}, iter([1]), TensorDataset]
 )
 def test_what_is_no_data_set_by_number_is_refused(rows: Any, data: Any) -> None:
-    with pytest.raises(DataError, match="'mydata:rows' gave a .* rows by number is needed"):
+    with pytest.raises(DataError, match=r"'mydata:rows' gave a .* rows by number is needed"):
         rows(data).open()
 
 

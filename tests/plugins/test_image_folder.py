@@ -129,7 +129,7 @@ def test_palettes_with_transparency_and_wide_greymaps(tmp_path: Path) -> None:
 
 def test_numbers_whose_white_is_unknown_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.ones((2, 2), np.float32)).save(tmp_path / "a.tif")
-    with pytest.raises(DataError, match="a.tif has numbers of 32 bits"):
+    with pytest.raises(DataError, match=r"a\.tif has numbers of 32 bits"):
         ImageFolder(path=tmp_path, labels=False).open()[0]
 
 
@@ -178,7 +178,7 @@ def test_folders_that_hold_no_data_set(tmp_path: Path, root: Path) -> None:
     with pytest.raises(DataError, match=r"has no images \(.bmp"):
         ImageFolder(path=empty, labels=False).open()
     (root / "d").mkdir()
-    with pytest.raises(DataError, match="the class folder .*d has no images"):
+    with pytest.raises(DataError, match=r"the class folder .*d has no images"):
         ImageFolder(path=root).open()
     with pytest.raises(DataError, match="no row"):
         ImageFolder(path=root, labels=False, classes=(0,)).open()

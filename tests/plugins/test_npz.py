@@ -219,7 +219,7 @@ def test_nothing_is_unpickled(saved: Any, tmp_path: Path) -> None:
         Npz(path=path).open()
     path = tmp_path / "pickled.npz"
     path.write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(DataError, match="damaged, or no .npz archive"):
+    with pytest.raises(DataError, match=r"damaged, or no \.npz archive"):
         Npz(path=path).open()
 
 
@@ -231,10 +231,10 @@ def test_files_that_are_no_archives(tmp_path: Path) -> None:
     for content in (b"", b"not a zip", b"PK\x03\x04" + b"x" * 99):
         path = tmp_path / "wrong.npz"
         path.write_bytes(content)
-        with pytest.raises(DataError, match="damaged, or no .npz archive"):
+        with pytest.raises(DataError, match=r"damaged, or no \.npz archive"):
             Npz(path=path).open()
     np.save(tmp_path / "single.npy", images(2, 2))
-    with pytest.raises(DataError, match="np.savez"):
+    with pytest.raises(DataError, match=r"np\.savez"):
         Npz(path=tmp_path / "single.npy").open()
 
 

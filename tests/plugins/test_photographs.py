@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pydantic import ValidationError
 from sklearn.datasets import load_sample_image
 
@@ -48,12 +49,24 @@ def test_a_patch_as_large_as_a_photograph_is_a_piece_of_it() -> None:
     assert len({left for _, left in seen}) > 6
 
 
-def test_patches_differ_in_scale() -> None:
-    # Shrunk to one size, a large patch has more contrast between neighbours than a small one.
-    images = torch.stack([image for image, _, _ in Photographs(rows=200, size=16).open()])
-    steps = (images[..., 1:] - images[..., :-1]).abs().mean(dim=(1, 2, 3))
-    assert float(steps.quantile(0.9)) > 4 * float(steps.quantile(0.1))
-    assert len(torch.unique(images.mean(dim=(1, 2, 3)))) > 190
+def test_patches_of_every_scale_are_shrunk_to_size() -> None:
+    whole = [
+        load_sample_image(name).astype(np.float32) / 255 for name in ("china.jpg", "flower.jpg")
+    ]
+    sides = []
+    for row, (image, _, _) in enumerate(Photographs(rows=60, size=16, seed=2).open()):
+        random = np.random.default_rng(np.random.SeedSequence(2, spawn_key=(row,)))
+        photograph = whole[random.integers(2)]
+        side = round(16 * (427 / 16) ** random.random())
+        top, left = random.integers(427 - side + 1), random.integers(640 - side + 1)
+        for channel in range(3):
+            patch = Image.fromarray(photograph[top : top + side, left : left + side, channel])
+            small = patch.resize((16, 16), Image.Resampling.BILINEAR)
+            assert np.allclose(image[channel].numpy(), np.array(small), atol=1e-5)
+        sides.append(side)
+    assert min(sides) < 24
+    assert max(sides) > 280
+    assert 60 < np.median(sides) < 115  # uniform in the logarithm: the middle is 83
 
 
 def test_a_row_depends_on_seed_and_number_alone() -> None:
