@@ -1,4 +1,4 @@
-"""Artifacts: folders of JSON and safetensors, written at once and checked before they are parsed."""
+"""Artifacts: folders of JSON and safetensors, written at once, checked before they are parsed."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def _named(
 
 
 def _safetensors(tensors: Mapping[str, Tensor | Rows]) -> Iterable[bytes | memoryview]:
-    """The bytes of a safetensors file, block by block; wide dtypes first, so that all are aligned."""
+    """The bytes of a safetensors file, block by block; wide types first, so all are aligned."""
     order = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
     header, offset = {}, 0
     for name, value in order:
@@ -182,7 +182,7 @@ def _safetensors(tensors: Mapping[str, Tensor | Rows]) -> Iterable[bytes | memor
     for _, value in order:
         for block in [value] if isinstance(value, Tensor) else value.blocks():
             flat = block.cpu().contiguous().flatten()
-            yield memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b""
+            yield flat.view(torch.uint8).numpy().data if flat.numel() else b""
 
 
 def _write(path: Path, blocks: Iterable[bytes | memoryview]) -> dict[str, Any]:
@@ -297,7 +297,8 @@ def _manifest(folder: Path, sizes: Mapping[str, int], sha256: str | None) -> dic
         ):
             raise ArtifactError(f"{MANIFEST}: {name} needs a sha256 and a size")
         if file["size"] != sizes[name]:
-            raise ArtifactError(f"{name} has {sizes[name]} bytes, and {MANIFEST} says {file['size']}")
+            said = file["size"]
+            raise ArtifactError(f"{name} has {sizes[name]} bytes, and {MANIFEST} says {said}")
     return files
 
 
@@ -373,7 +374,7 @@ def _tensors(content: mmap.mmap | bytes) -> dict[str, Tensor]:
             else torch.empty(shape, dtype=dtype)
         )
         if dtype.is_floating_point and not all(
-            bool(torch.isfinite(part).all()) for part in tensor.flatten().split(2**24)
+            bool(torch.isfinite(part).all()) for part in torch.split(tensor.flatten(), 2**24)
         ):
             raise ArtifactError(f"{STATE}: '{name}' holds numbers that are not finite")
         tensors[name] = tensor

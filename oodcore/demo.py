@@ -1,4 +1,4 @@
-"""The demonstration: trainings, a benchmark of what came out, and an artifact of the best detector."""
+"""The demonstration: trainings, a benchmark of what came out, an artifact of the best detector."""
 
 from __future__ import annotations
 

@@ -153,7 +153,7 @@ class Detector(Decision):
             )
         if fitting.again():
             raise ConfigurationError(
-                "partial_fit cannot go on with a scorer whose parts are measured through the model: "
+                "partial_fit cannot go on with a scorer with parts measured through the model: "
                 "such a detector is fitted in one call of fit"
             )
         if fitting.held_out != (held_out is not None) and self.recipe.holds_out:
@@ -244,8 +244,8 @@ def load(
     Args:
         folder: the artifact.
         model: the model, if the detector was made with one from memory; another than that is
-            refused (by the fingerprint of its weights). Left out, such a detector works on Features.
-            For an ensemble, a mapping from member to model.
+            refused (by the fingerprint of its weights). Left out, such a detector works on
+            Features. For an ensemble, a mapping from member to model.
         allow: importable names ("package.module:function") that the artifact may run.
         sha256: of the manifest: the only defence against whoever wrote the artifact.
 

@@ -53,7 +53,7 @@ class Ensemble(Decision):
     def fit(self, data: Any, held_out: Any = None, *, classes: Classes = None) -> Ensemble:
         """Fit every member, and measure what the combination normalises with; returns the ensemble.
 
-        Arguments and errors as in ``Detector.fit``. Where the combination normalises scores, that is
+        Arguments and errors as in ``Detector.fit``. Where the combination normalises scores, it is
         measured on ``held_out``, or on a tenth of the data that no member is fitted on.
         """
         rows = data

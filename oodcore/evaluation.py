@@ -174,8 +174,8 @@ def compare(study: Study) -> Outcome:
     fitted = time.perf_counter()
     calibrations = {}
     if study.calibrate is not None:
-        for name, scores in score(detectors, study.calibrate).items():
-            calibrations[name] = Calibration(scores)
+        for name, normal in score(detectors, study.calibrate).items():
+            calibrations[name] = Calibration(normal)
             calibrations[name].threshold(study.false_alarm_rate)
             detectors[name].calibration = calibrations[name]
             detectors[name].false_alarm_rate = study.false_alarm_rate

@@ -1,4 +1,4 @@
-"""How detectors learn: stages, each one fold over features, shared by all that are fitted together."""
+"""How detectors learn: stages, each one fold over features, shared by all fitted together."""
 
 from __future__ import annotations
 
@@ -394,7 +394,7 @@ class Fitting:
     def _begin(self, features: Features) -> None:
         if features.logits is None and features.labels is not None and self.classes is None:
             raise ConfigurationError(
-                "how many classes there are cannot be told from batches without logits: give classes="
+                "how many classes there are cannot be told from these batches: give classes="
             )
         self._example = features[:1].detach()
         self.classes = class_count(features, self.classes)

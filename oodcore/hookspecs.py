@@ -1,7 +1,7 @@
 """The extension API: what a plugin may bring.
 
-A plugin is a module (or any object) with functions marked ``@oodcore.hookimpl``. Each hook is called
-once, with a function that registers one component class. This is a whole plugin:
+A plugin is a module (or any object) with functions marked ``@oodcore.hookimpl``. Each hook is
+called once, with a function that registers one component class. This is a whole plugin:
 
     import oodcore
 

@@ -171,7 +171,7 @@ def _origins(components: Iterable[Component]) -> list[list[str]]:
         plugin = registry.owner(part)
         if plugin is None:
             raise PluginError(
-                f"the {part.slot} '{part.kind}' is not registered, so it could not be loaded again: "
+                f"the {part.slot} '{part.kind}' is not registered, so nothing could load it again: "
                 "install the plugin that brings it, or use registry.using(plugin)"
             )
         origins.append((part.slot, part.kind, plugin.distribution, plugin.version))
@@ -258,7 +258,8 @@ def _rebuilt_ensemble(saved: _Ensemble, model: Any, allow: frozenset[str]) -> En
     ensemble = Ensemble(members, saved.combine, seed=saved.seed)
     ensemble.state = saved.state
     scores = torch.rand(2, len(members), dtype=torch.float64, generator=_generator())
-    _attempt(lambda: ensemble.combination.combine(ensemble.combination.normalized(scores, saved.state)))
+    combination = ensemble.combination
+    _attempt(lambda: combination.combine(combination.normalized(scores, saved.state)))
     _calibrate(ensemble, saved.calibration)
     return ensemble
 
@@ -331,7 +332,7 @@ def _on_device(learnt: _Learnt, device: torch.device) -> Learnt:
 
 
 def _try(recipe: Recipe, learnt: Learnt, shape: _Shape, device: torch.device) -> None:
-    """Score two made-up rows, so that a state of wrong names, types or shapes is refused at once."""
+    """Score two made-up rows, so that a state of wrong names, types or shapes is refused."""
     if "inputs" in recipe.needs() or (shape.K is None and shape.D is None):
         return
     sizes = [shape.K or 1, shape.D or 1, (shape.K or 1) * (shape.D or 1)]
@@ -359,7 +360,7 @@ def _generator() -> torch.Generator:
 
 
 def _attempt(work: Callable[[], Any]) -> None:
-    """Do what scoring would do with a state that was read; what fails there is the state's fault."""
+    """Do what scoring would do with a state that was read; a failure is the state's fault."""
     try:
         with torch.no_grad():
             work()

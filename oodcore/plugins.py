@@ -144,10 +144,9 @@ class Registry:
         from oodcore.component import suggestion
 
         known = list(self.all(slot))
-        near = suggestion(kind, known) or ";"
-        other = [f" (it is a {name})" for name in SLOTS if kind in self._classes[name]]
-        found = ", ".join(known) or "none"
-        text = f"unknown {slot} '{kind}'{''.join(other[:1])}{near} installed: {found}"
+        other = [name for name in SLOTS if kind in self._classes[name]]
+        near = f" (it is a {other[0]});" if other else suggestion(kind, known) or ";"
+        text = f"unknown {slot} '{kind}'{near} installed: {', '.join(known) or 'none'}"
         left = [f"{plugin}: {plugin.error}" for plugin in self._plugins if plugin.error]
         return text + (f"; left out: {'; '.join(left)}" if left else "")
 

@@ -28,7 +28,7 @@ def cosine(features: Features) -> Tensor:
     """``max_k cos(h, w_k)``, ``[N]`` in [-1, 1]; 0 for a zero embedding."""
     head = features.head
     if head is None:
-        raise DataError("the cosine is taken with the head's weights, and these features have no head")
+        raise DataError("the cosine is taken with the head, and these features have none")
     rows = unit(required(features.embeddings, "embeddings"))
     return (rows @ unit(head.weight).T).amax(dim=1)
 
@@ -97,8 +97,8 @@ class DML(Scorer):
         mean_cosine, mean_norm = rows.mean(dim=0)
         if mean_cosine <= 1e-12:
             raise DataError(
-                f"dml: the mean cosine of the training rows is {float(mean_cosine):.3g}, so there is "
-                "no ratio to take; give lam a number"
+                f"dml: the mean cosine of the training rows is {float(mean_cosine):.3g}, so there "
+                "is no ratio to take; give lam a number"
             )
         if rows[:, 1].std(correction=0) <= 1e-9 * mean_norm:
             warnings.warn("dml: all norms are equal, so it ranks like max_cosine", stacklevel=2)

@@ -49,7 +49,7 @@ class KNN(Scorer):
         rows = store[Bank()].embeddings
         if len(rows) < self.k:
             warnings.warn(
-                f"knn: k = {self.k}, and there are {len(rows)} training rows; k = {len(rows)} is used",
+                f"knn: k is {self.k}, and there are {len(rows)} training rows: the farthest counts",
                 stacklevel=2,
             )
         return {"bank": Index(rows, "l2", self.index, self.normalize)}

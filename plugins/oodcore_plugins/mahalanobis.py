@@ -28,7 +28,8 @@ class Mahalanobis(Scorer):
 
     kind = "mahalanobis"
     paper = Paper(
-        "A Simple Unified Framework for Detecting Out-of-Distribution Samples and Adversarial Attacks",
+        "A Simple Unified Framework for Detecting Out-of-Distribution Samples and Adversarial "
+        "Attacks",
         "Kimin Lee, Kibok Lee, Honglak Lee, Jinwoo Shin",
         "NeurIPS",
         2018,

@@ -23,7 +23,8 @@ class MSP(Scorer):
 
     kind = "msp"
     paper = Paper(
-        "A Baseline for Detecting Misclassified and Out-of-Distribution Examples in Neural Networks",
+        "A Baseline for Detecting Misclassified and Out-of-Distribution Examples in Neural "
+        "Networks",
         "Dan Hendrycks, Kevin Gimpel",
         "ICLR",
         2017,

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic_core import PydanticCustomError
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -69,6 +70,12 @@ class Npz(oodcore.Source):
     classes: tuple[int, ...] | None = None
     part: Part | None = None
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _check_resize(self) -> Npz:
+        if self.resize == "pad" and self.size is None:
+            raise PydanticCustomError("no_size", "resize: pad needs a size to pad to")
+        return self
 
     def open(self) -> Dataset[Any]:
         where = f"{self.path}: array '{self.inputs}'"

@@ -57,7 +57,7 @@ class Perturbed(Scorer):
 
 
 def moved_score(scorer: Scorer, features: Features, state: State, epsilon: float) -> Tensor:
-    """The score of the inputs after one step of ``epsilon`` along the sign of its gradient, ``[N]``."""
+    """The score of inputs after one step of ``epsilon`` along the sign of its gradient, ``[N]``."""
     inputs, rerun = features.inputs, features.rerun
     if not isinstance(inputs, Tensor) or not inputs.is_floating_point() or rerun is None:
         raise DataError("moving the input needs inputs that are one tensor of floating numbers")

@@ -209,13 +209,12 @@ def test_a_file_that_cannot_be_opened(tmp_path):
         read(tmp_path)
 
 
-@given(st.text("ab:[]{}-?,#&*!|>'\"%@` \n\t\\01.e~<=é\x85", max_size=40))
+@given(text=st.text("ab:[]{}-?,#&*!|>'\"%@` \n\t\\01.e~<=é\x85", max_size=40))
 def test_any_text_is_read_or_refused(text, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "any.yaml"
     path.write_text(text, encoding="utf-8", newline="")
     try:
-        data = read(path).data
+        outcome = read(path).data
     except ConfigurationError as error:
-        assert str(error).startswith(f"{path}:")
-    else:
-        assert isinstance(data, dict)
+        outcome = str(error)
+    assert isinstance(outcome, dict) or outcome.startswith(f"{path}:")

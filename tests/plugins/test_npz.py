@@ -275,6 +275,7 @@ def test_fields_are_checked() -> None:
         {"part": (0, 1.5)},
         {"scale": 0},
         {"size": 0},
+        {"resize": "pad"},
         {"path": 3},
     ):
         with pytest.raises(ValidationError):
