@@ -93,7 +93,7 @@ def _refuse_to_overwrite(folder: Path, overwrite: bool) -> None:
         raise ArtifactError(f"{folder} exists; give overwrite=True to replace it")
     if folder.is_symlink() or not folder.is_dir():
         raise ArtifactError(f"{folder} is no folder, so it is not overwritten")
-    names = {entry.name for entry in os.scandir(folder)}
+    names = set(os.listdir(folder))
     if names and not names <= {MANIFEST, STATE, *FILES.values()}:
         raise ArtifactError(
             f"{folder} holds more than an artifact ({', '.join(sorted(names)[:5])}), so it is not "
@@ -260,13 +260,14 @@ def _check_schema(schema: Any, name: str) -> None:
 def _listed(folder: Path) -> dict[str, int]:
     """The size of every entry, all of them regular files with plain names."""
     sizes = {}
-    for entry in os.scandir(folder):
-        info = entry.stat(follow_symlinks=False)
+    names = os.listdir(folder)
+    if len(names) > 16:
+        raise ArtifactError(f"{folder} holds more files than an artifact")
+    for name in names:
+        info = os.lstat(folder / name)
         if not stat.S_ISREG(info.st_mode):
-            raise ArtifactError(f"{entry.name!r} is not a regular file")
-        sizes[entry.name] = info.st_size
-        if len(sizes) > 16:
-            raise ArtifactError(f"{folder} holds more files than an artifact")
+            raise ArtifactError(f"{name!r} is not a regular file")
+        sizes[name] = info.st_size
     return sizes
 
 

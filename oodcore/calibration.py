@@ -141,7 +141,7 @@ def _lowest(rate: float, rows: int) -> int:
 
 def _rows_needed(rate: float) -> int:
     """The smallest number of calibration scores with which anything is flagged at this rate."""
-    return max(math.ceil(Fraction(1 - _SLACK) / Fraction(rate)) - 1, 1)
+    return math.ceil(Fraction(1 - _SLACK) / Fraction(rate)) - 1
 
 
 def _readable_rate(rows: int) -> str:

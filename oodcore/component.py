@@ -26,7 +26,7 @@ from pydantic.errors import PydanticUndefinedAnnotation
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from oodcore.errors import ConfigurationError
-from oodcore.plugins import SLOTS, registry
+from oodcore.plugins import SLOTS, one, registry
 
 KIND = re.compile(r"[a-z][a-z0-9_]*")
 
@@ -189,8 +189,8 @@ def named(slot: str, value: Any) -> Component:
         if value.slot != slot:
             raise PydanticCustomError(
                 "wrong_slot",
-                "this is a {given}, and a {slot} is needed here",
-                {"given": f"{value.slot} '{type(value).kind}'", "slot": slot},
+                "this is {given} '{kind}', and {slot} is needed here",
+                {"given": one(value.slot), "kind": type(value).kind, "slot": one(slot)},
             )
         return value
     if isinstance(value, str):
@@ -198,8 +198,8 @@ def named(slot: str, value: Any) -> Component:
     if not isinstance(value, Mapping) or not isinstance(value.get("kind"), str):
         raise PydanticCustomError(
             "no_kind",
-            "write a {slot} as its kind ('name') or as a mapping with a 'kind'",
-            {"slot": slot},
+            "write {slot} as its kind ('name') or as a mapping with a 'kind'",
+            {"slot": one(slot)},
         )
     cls = registry.find(slot, value["kind"])
     if cls is None:

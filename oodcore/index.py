@@ -3,29 +3,41 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
-from functools import cache
-from types import ModuleType
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from oodcore.errors import ConfigurationError, DataError
+from oodcore.errors import DataError
 from oodcore.features import EPS
+from oodcore.search import Proposer
 
 MEMORY_LIMIT = 256 * 2**20
 """Bytes of rows kept in memory; what comes after lies in unnamed temporary files."""
 
+CHUNK = 2**18
+"""Numbers that a step over pairs of rows holds at once: they fit a processor's cache."""
+
 Metric = Literal["l2", "inner_product"]
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """Rows one after another, never changed; ``loose`` ones lie in memory of their own."""
+
+    values: Tensor
+    loose: bool
 
 
 class Rows:
     """Append-only rows of one shape, in memory up to a limit and memory-mapped past it.
 
-    Floating rows are kept as float32 while that loses nothing, and as float64 from the first row
-    for which it would. Segments are never changed, so copies share them.
+    Floating rows are kept as float32 while that loses nothing; from the first rows for which it
+    would, they are float64. Segments are never changed, so copies share them.
 
     Args:
         shape: of one row: ``()`` for numbers, ``(D,)`` for embeddings.
@@ -35,7 +47,8 @@ class Rows:
     def __init__(self, shape: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> None:
         self.shape = shape
         self.dtype = torch.float32 if dtype.is_floating_point else dtype
-        self._segments: list[Tensor] = []
+        self._segments: list[_Segment] = []
+        self._length = 0
         self._resident = 0
 
     @classmethod
@@ -50,127 +63,181 @@ class Rows:
         """Rows that are the first axis of a tensor, in its place and as they are."""
         rows = cls(tuple(values.shape[1:]), values.dtype)
         rows.dtype = values.dtype
-        rows._segments = [values]
+        if len(values):
+            rows._segments = [_Segment(values, loose=False)]
+            rows._length = len(values)
         return rows
 
     @property
-    def identity(self) -> tuple[int, ...]:
-        """The same for rows that share all their segments."""
-        return tuple(id(segment) for segment in self._segments)
+    def identity(self) -> tuple[Any, ...]:
+        """The same for rows of one kind that share all their segments."""
+        return self.shape, self.dtype, *(id(segment.values) for segment in self._segments)
 
     def __len__(self) -> int:
-        return sum(len(segment) for segment in self._segments)
+        return self._length
 
     def append(self, values: Tensor) -> None:
         """Add rows ``[N, *shape]``; a copy is taken.
 
         Raises:
-            DataError: rows of another shape.
+            DataError: rows of another shape, or of a type that would lose its meaning.
         """
         if tuple(values.shape[1:]) != self.shape:
             raise DataError(
                 f"rows of shape {list(self.shape)} cannot take {list(values.shape[1:])}"
             )
+        if not torch.can_cast(values.dtype, self.dtype):
+            raise DataError(f"rows of {self.dtype} cannot take {values.dtype}")
+        if not len(values):
+            return
         values = values.detach().cpu()
-        if self.dtype == torch.float32 and values.dtype == torch.float64:
+        dtype = self.dtype
+        if dtype.is_floating_point and values.dtype == torch.float64:
             narrow = values.float()
-            if torch.equal(narrow.double(), values):
-                values = narrow
-            else:
-                self.dtype = torch.float64
-                self._segments = [segment.double() for segment in self._segments]
-        segment = values.to(self.dtype, copy=True).contiguous()
-        self._segments.append(segment)
-        self._resident += segment.nbytes
-        if self._resident > MEMORY_LIMIT:
-            self._spill()
+            lossless = torch.equal(narrow.double(), values)
+            dtype = torch.float32 if lossless else torch.float64
+        elif dtype.is_floating_point:
+            dtype = torch.float32
+        self.dtype = torch.promote_types(self.dtype, dtype)
+        self._add([_Segment(values.to(dtype, copy=True).contiguous(), loose=True)])
 
     def copy(self) -> Rows:
         """Rows that share what is here and grow apart from it."""
+        self._settle()
         other = Rows(self.shape, self.dtype)
         other.dtype = self.dtype
         other._segments = list(self._segments)
-        other._resident = self._resident
+        other._length, other._resident = self._length, self._resident
         return other
 
     def joined(self, other: Rows) -> Rows:
-        """These rows, then the other's."""
+        """These rows, then the other's.
+
+        Raises:
+            DataError: rows of another shape, or numbers of another kind.
+        """
         if self.shape != other.shape:
-            raise DataError(f"rows of shapes {self.shape} and {other.shape} cannot be joined")
-        both = self.copy()
+            raise DataError(
+                f"rows of shapes {list(self.shape)} and {list(other.shape)} cannot be joined"
+            )
+        if self.dtype.is_floating_point != other.dtype.is_floating_point:
+            raise DataError(f"rows of {self.dtype} and {other.dtype} cannot be joined")
+        both, more = self.copy(), other.copy()
         both.dtype = torch.promote_types(self.dtype, other.dtype)
-        both._segments = [s.to(both.dtype) for s in (*self._segments, *other._segments)]
-        both._resident += other._resident
+        both._add(more._segments)
         return both
 
     def tensor(self) -> Tensor:
         """All rows as one tensor ``[N, *shape]`` on the CPU; not to be written to."""
-        if len(self._segments) == 1:
-            return self._segments[0]
+        self._settle()
         if not self._segments:
             return torch.empty((0, *self.shape), dtype=self.dtype)
-        whole = torch.cat(self._segments)
-        if whole.nbytes <= MEMORY_LIMIT:
-            self._segments = [whole]
-        return whole
+        parts = [segment.values.to(self.dtype) for segment in self._segments]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def blocks(self, size: int = 65536) -> Iterator[Tensor]:
         """The rows in order, at most ``size`` at a time."""
+        self._settle()
         for segment in self._segments:
-            yield from segment.split(size)
+            for block in segment.values.split(size):
+                yield block.to(self.dtype)
 
     def between(self, first: int, last: int) -> Tensor:
         """The rows from number ``first`` up to, but not including, ``last``."""
+        self._settle()
         pieces, start = [], 0
         for segment in self._segments:
-            if start < last and start + len(segment) > first:
-                pieces.append(segment[max(0, first - start) : last - start])
-            start += len(segment)
-        return torch.cat(pieces) if pieces else self.tensor()[:0]
+            if start < last and start + len(segment.values) > first:
+                piece = segment.values[max(0, first - start) : last - start]
+                pieces.append(piece.to(self.dtype))
+            start += len(segment.values)
+        return torch.cat(pieces) if pieces else torch.empty((0, *self.shape), dtype=self.dtype)
 
     def __getitem__(self, rows: Tensor) -> Tensor:
-        """Rows by number, for numbers of any shape."""
-        if len(self._segments) <= 1:
-            return self.tensor()[rows]
-        ends = torch.tensor([len(s) for s in self._segments]).cumsum(0)
-        where = torch.bucketize(rows, ends, right=True)
-        out = torch.empty((*rows.shape, *self.shape), dtype=self.dtype)
-        for number, segment in enumerate(self._segments):
-            here = where == number
-            if bool(here.any()):
-                out[here] = segment[rows[here] - (int(ends[number]) - len(segment))]
-        return out
+        """Rows by number (on the CPU), for numbers of any shape."""
+        self._settle()
+        flat = rows.flatten()
+        if len(self._segments) == 1:
+            out = self._segments[0].values.index_select(0, flat).to(self.dtype)
+        else:
+            out = torch.empty((len(flat), *self.shape), dtype=self.dtype)
+            first = 0
+            for segment in self._segments:
+                last = first + len(segment.values)
+                here = ((flat >= first) & (flat < last)).nonzero().flatten()
+                if len(here):
+                    taken = segment.values.index_select(0, flat[here] - first)
+                    out.index_copy_(0, here, taken.to(self.dtype))
+                first = last
+        return out.reshape(*rows.shape, *self.shape)
 
-    def _spill(self) -> None:
-        """Move the segments in memory to a file of their own, unlinked from the start."""
-        mapped = [s for s in self._segments if getattr(s, "_oodcore_file", None) is not None]
-        loose = self._segments[len(mapped) :]
-        count = sum(len(segment) for segment in loose)
-        file = tempfile.TemporaryFile(prefix="oodcore-")  # noqa: SIM115 - the mapping owns it
-        for segment in loose:
-            file.write(memoryview(segment.numpy()).cast("B"))
+    def __getstate__(self) -> dict[str, Any]:
+        return {"shape": self.shape, "dtype": self.dtype, "rows": self.tensor()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["shape"], state["dtype"])  # type: ignore[misc]
+        self.dtype = state["dtype"]
+        if len(state["rows"]):
+            self._add([_Segment(state["rows"], loose=True)])
+
+    def _add(self, segments: Iterable[_Segment]) -> None:
+        for segment in segments:
+            self._segments.append(segment)
+            self._length += len(segment.values)
+            self._resident += segment.values.nbytes if segment.loose else 0
+        if self._resident > MEMORY_LIMIT:
+            self._gather(_in_a_file)
+            self._resident = 0
+
+    def _settle(self) -> None:
+        """Make one segment of those in memory that follow one another: few are read fast."""
+        if len(self._segments) > 1:
+            self._gather(_in_memory)
+
+    def _gather(self, together: Callable[[list[Tensor]], _Segment]) -> None:
+        """Replace runs of loose segments of one type by one segment each."""
+        gathered: list[_Segment] = []
+        runs = groupby(self._segments, key=lambda segment: (segment.loose, segment.values.dtype))
+        for (loose, _), run in runs:
+            gathered += [together([segment.values for segment in run])] if loose else run
+        self._segments = gathered
+
+
+def _in_memory(parts: list[Tensor]) -> _Segment:
+    return _Segment(parts[0] if len(parts) == 1 else torch.cat(parts), loose=True)
+
+
+def _in_a_file(parts: list[Tensor]) -> _Segment:
+    """The parts in a temporary file, which nobody else can name and the mapping alone keeps."""
+    first = parts[0].numpy()
+    shape = (sum(len(part) for part in parts), *first.shape[1:])
+    with tempfile.TemporaryFile(prefix="oodcore-") as file:
+        for part in parts:
+            file.write(memoryview(part.numpy()).cast("B"))
         file.flush()
-        kind: np.dtype[Any] = segment.numpy().dtype
-        array = np.memmap(file, dtype=kind, mode="r+", shape=(count, *self.shape))
-        whole = torch.from_numpy(array)
-        whole._oodcore_file = file  # type: ignore[attr-defined]
-        self._segments = [*mapped, whole]
-        self._resident = 0
+        array = np.memmap(file, dtype=first.dtype, mode="r+", shape=shape)
+    return _Segment(torch.from_numpy(array), loose=False)
 
 
 class Index:
     """Nearest neighbours among rows.
 
-    faiss proposes candidates from a float32 index and their distances are computed again, and
-    sorted, in float64. With the factory ``Flat`` the answer is exact: where rounding could have
-    hidden a neighbour from the proposal, that query is searched in float64. So a row's neighbours
-    do not depend on the batch it comes in. Without faiss, blocked products in torch propose.
+    faiss proposes candidates from a float32 index, and whatever rounding may have put in the wrong
+    place is computed again in float64. With the factory ``Flat`` the answer is exact: where
+    rounding could have hidden a neighbour from the proposal, that query is searched in float64. So
+    a row's neighbours do not depend on the batch it comes in. Without faiss, blocked products in
+    torch propose. Other factories give what faiss finds, at float64 distances.
 
     Args:
         rows: ``[N, D]``.
         metric: ``l2`` (Euclidean distance, ascending) or ``inner_product`` (descending).
         factory: a faiss index factory string.
         normalized: give rows and queries unit norm first (a zero row stays zero).
+
+    Raises:
+        DataError: rows that are no vectors.
+        ConfigurationError: on the first search, a factory that faiss does not know, or that wants
+            faiss where there is none.
     """
 
     def __init__(
@@ -186,7 +253,8 @@ class Index:
         self.metric = metric
         self.factory = factory
         self.normalized = normalized
-        self._searcher: tuple[str, _Searcher] | None = None
+        self._norms: Tensor | None = None
+        self._proposer: tuple[str, Proposer] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -200,210 +268,110 @@ class Index:
 
         Returns:
             Distances (or inner products) ``[N, k]`` float64, nearest first, differentiable in the
-            queries; and row numbers ``[N, k]``.
+            queries; and row numbers ``[N, k]``. Among rows at the same distance the choice is free.
 
         Raises:
             DataError: more neighbours than rows, or queries of another width.
         """
+        queries = self._queries(queries, k)
+        found = self._nearest(queries.detach(), k).sort(dim=1).values
+        values = self._values(queries, found)
+        order = values.detach().sort(dim=1, descending=self.metric != "l2", stable=True).indices
+        return values.gather(1, order), found.gather(1, order)
+
+    def kth(self, queries: Tensor, k: int) -> Tensor:
+        """The last column of ``search``'s distances, ``[N]``, for much less work.
+
+        Args:
+            queries: ``[N, D]`` float64.
+            k: at most the number of rows.
+
+        Raises:
+            DataError: as ``search``.
+        """
+        queries = self._queries(queries, k)
+        return self._values(queries, self._nearest(queries.detach(), k)[:, -1:])[:, 0]
+
+    def vectors(self, block: Tensor) -> Tensor:
+        """Rows as they are compared: float64, and of unit norm where that is asked for."""
+        wide = block.double()
+        if self.normalized:
+            wide = wide / wide.norm(dim=-1, keepdim=True).clamp_min(EPS)
+        return wide
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_proposer": None, "_norms": None}
+
+    def _queries(self, queries: Tensor, k: int) -> Tensor:
         if not 1 <= k <= len(self):
             raise DataError(f"{k} neighbours were asked for, and the index has {len(self)} rows")
         if queries.ndim != 2 or queries.shape[1] != self.rows.shape[0]:
             raise DataError(f"queries must be [N, {self.rows.shape[0]}], not {list(queries.shape)}")
-        if self.normalized:
-            norms = queries.norm(dim=1, keepdim=True).clamp_min(EPS)
-            queries = queries / norms
-        searcher = self._on(queries.device)
-        with torch.no_grad():
-            found, doubtful = searcher.propose(queries.detach(), k)
-            if doubtful is not None:
-                for some in doubtful.split(1024):
-                    found[some] = searcher.exactly(queries.detach()[some], k)
-            found = found.sort(dim=1).values
-        distances = torch.cat(
-            [
-                self._distances(query, near)
-                for query, near in zip(
-                    queries.split(self._chunk(found)), found.split(self._chunk(found)), strict=True
-                )
-            ]
-        ) if len(queries) else queries.new_empty((0, found.shape[1]))  # fmt: skip
-        order = distances.detach().sort(dim=1, descending=self.metric != "l2", stable=True).indices
-        order = order[:, :k]
-        return distances.gather(1, order), found.gather(1, order)
+        return self.vectors(queries)
 
-    def _distances(self, queries: Tensor, found: Tensor) -> Tensor:
-        near = self.rows[found.cpu()].to(queries.device, queries.dtype)
+    @torch.no_grad()
+    def _nearest(self, queries: Tensor, k: int) -> Tensor:
+        """The numbers of the ``k`` nearest rows, ``[N, k]``, of which the last is the farthest.
+
+        Candidates whose place among the k rounding cannot have changed are not looked at again.
+        """
+        proposed = self._proposed(queries.device).propose(queries, k)
+        kth = proposed.closeness[:, k - 1 : k]
+        sure = proposed.closeness > kth + proposed.slack
+        maybe = (proposed.closeness >= kth - proposed.slack) & ~sure & (proposed.found >= 0)
+        maybe[proposed.doubtful] = False
+        rank = torch.where(sure, torch.inf, -torch.inf).to(queries.dtype)
+        asked, place = maybe.nonzero(as_tuple=True)
+        rank[asked, place] = self._closeness(queries, asked, proposed.found[asked, place])
+        best = rank.sort(dim=1, descending=True, stable=True).indices[:, :k]
+        found = proposed.found.gather(1, best)
+        doubtful = proposed.doubtful.nonzero().flatten()
+        if len(doubtful):
+            found[doubtful] = self._exactly(queries[doubtful], k)
+        return found
+
+    def _exactly(self, queries: Tensor, k: int) -> Tensor:
+        """The same, from products in float64 with every row."""
+        proposer = self._proposed(queries.device)
+        found = torch.cat([proposer.exactly(part, k) for part in queries.split(1024)])
+        values = self._values(queries, found)
+        best = values.sort(dim=1, descending=self.metric != "l2", stable=True).indices[:, :k]
+        return found.gather(1, best)
+
+    def _closeness(self, queries: Tensor, asked: Tensor, found: Tensor) -> Tensor:
+        """How close some pairs of a query and a row are, ``[P]``: more is closer."""
+        parts = [
+            self._values(queries[some], numbers[:, None])[:, 0]
+            for some, numbers in zip(asked.split(4096), found.split(4096), strict=True)
+        ]
+        values = torch.cat(parts) if parts else queries.new_empty(0)
+        return -values if self.metric == "l2" else values
+
+    def _values(self, queries: Tensor, found: Tensor) -> Tensor:
+        """Distances or products of each query and its rows ``[N, m]``, ``[N, m]``."""
+        chunk = max(1, CHUNK // max(1, found.shape[1] * queries.shape[1]))
+        parts = [
+            self._chunk_values(some, numbers)
+            for some, numbers in zip(queries.split(chunk), found.split(chunk), strict=True)
+        ]
+        return torch.cat(parts) if parts else queries.new_empty(found.shape)
+
+    def _chunk_values(self, queries: Tensor, found: Tensor) -> Tensor:
+        numbers = found.cpu()
+        near = self.rows[numbers].to(queries.device, queries.dtype)
         if self.normalized:
-            near = near / self._norms()[found.cpu()].to(queries)[..., None]
+            near = near / self._row_norms()[numbers].to(queries)[..., None]
         if self.metric == "l2":
             return torch.linalg.vector_norm(queries[:, None] - near, dim=2)
         return (queries[:, None] * near).sum(2)
 
-    def _chunk(self, found: Tensor) -> int:
-        return max(1, 2**21 // max(1, found.shape[1] * self.rows.shape[0]))
-
-    def _norms(self) -> Tensor:
-        if not hasattr(self, "_cached_norms"):
+    def _row_norms(self) -> Tensor:
+        if self._norms is None:
             blocks = [b.double().norm(dim=1).clamp_min(EPS) for b in self.rows.blocks()]
-            self._cached_norms = torch.cat(blocks)
-        return self._cached_norms
+            self._norms = torch.cat(blocks)
+        return self._norms
 
-    def _on(self, device: torch.device) -> _Searcher:
-        if self._searcher is None or self._searcher[0] != str(device):
-            self._searcher = (str(device), _Searcher(self, device))
-        return self._searcher[1]
-
-
-SPARE = 8
-"""Candidates beyond k: room for neighbours that rounding to float32 swaps."""
-
-
-class _Searcher:
-    """The float32 side of an index: proposes candidates, and knows when it may be wrong."""
-
-    def __init__(self, index: Index, device: torch.device) -> None:
-        self.index = index
-        self.device = device
-        width = index.rows.shape[0]
-        self.centre = self._centre()
-        self.largest = 0.0
-        self.exact = index.factory == "Flat"
-        faiss = faiss_module()
-        if faiss is None and not self.exact:
-            raise ConfigurationError(
-                f"index '{index.factory}' needs faiss: pip install 'oodcore[cpu]' (or 'oodcore[gpu]')"
-            )
-        self.engine: Any = None
-        on_gpu = device.type == "cuda"
-        if faiss is not None and (not on_gpu or faiss.get_num_gpus() > 0):
-            metric = (
-                faiss.METRIC_L2 if index.metric == "l2" else faiss.METRIC_INNER_PRODUCT
-            )
-            try:
-                self.engine = faiss.index_factory(width, index.factory, metric)
-            except RuntimeError as error:
-                reason = str(error).splitlines()[-1][:200]
-                raise ConfigurationError(
-                    f"faiss knows no index '{index.factory}': {reason}"
-                ) from None
-            if on_gpu:
-                self.engine = faiss.index_cpu_to_gpu(
-                    faiss.StandardGpuResources(), device.index or 0, self.engine
-                )
-            self._fill_engine()
-        else:
-            self.bank = torch.cat([block.to(device) for block in self._blocks()])
-            self._measure(self.bank)
-
-    def _centre(self) -> Tensor:
-        """What is subtracted from rows and queries: distances do not change, rounding does."""
-        rows = self.index.rows
-        if self.index.metric != "l2" or self.index.normalized:
-            return torch.zeros(rows.shape, dtype=torch.float64)
-        total = sum((b.double().sum(0) for b in rows.blocks()), torch.zeros(rows.shape).double())
-        return total / max(1, len(rows))
-
-    def _blocks(self) -> Iterator[Tensor]:
-        for block in self.index.rows.blocks():
-            wide = block.double()
-            if self.index.normalized:
-                wide = wide / wide.norm(dim=1, keepdim=True).clamp_min(EPS)
-            yield (wide - self.centre).float().contiguous()
-
-    def _measure(self, block: Tensor) -> None:
-        self.largest = max(self.largest, float(block.norm(dim=1).max()) if len(block) else 0.0)
-
-    def _fill_engine(self) -> None:
-        if not self.engine.is_trained:
-            self.engine.train(torch.cat(list(self._blocks())).numpy())
-        for block in self._blocks():
-            self._measure(block)
-            self.engine.add(block.numpy())
-
-    @property
-    def norms(self) -> Tensor:
-        """Squared norms of the bank that torch searches, ``[N]``."""
-        if not hasattr(self, "_squares"):
-            self._squares = self.bank.square().sum(1)
-        return self._squares
-
-    def propose(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor | None]:
-        """Candidates ``[N, m]`` (row numbers), and which queries need an exact search, or None."""
-        count = min(k + SPARE, len(self.index))
-        narrow = (queries - self.centre.to(queries)).float()
-        closeness, found = self._search(narrow, count)
-        if bool((found < 0).any()):
-            found = torch.where(found < 0, found[:, :1].clamp_min(0), found)
-        if not self.exact or count == len(self.index):
-            return found, None
-        return found, self._doubt(narrow, closeness, k)
-
-    def _search(self, narrow: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Closeness (descending: minus squared distances or products) and row numbers."""
-        if self.engine is not None:
-            values, found = _faiss_search(self.engine, narrow.cpu().numpy(), count)
-            closeness = torch.from_numpy(values).to(self.device)
-            sign = -1.0 if self.index.metric == "l2" else 1.0
-            return sign * closeness, torch.from_numpy(found).to(self.device)
-        parts = [self._topk(part, self.bank, count) for part in narrow.split(1024)]
-        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
-
-    def _topk(self, queries: Tensor, bank: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        products = queries @ bank.T
-        if self.index.metric == "l2":
-            products = 2 * products - self.norms - queries.square().sum(1, keepdim=True)
-        top = products.topk(count, dim=1)
-        return top.values, top.indices
-
-    def _doubt(self, narrow: Tensor, closeness: Tensor, k: int) -> Tensor | None:
-        """Queries whose k-th neighbour is no safer from the last candidate than rounding is large."""
-        reach = narrow.norm(dim=1).double() + self.largest
-        squared = reach.square() if self.index.metric == "l2" else (reach * self.largest)
-        slack = 4 * narrow.shape[1] ** 0.5 * 2.0**-24 * squared
-        gap = closeness[:, k - 1].double() - closeness[:, -1].double()
-        doubtful = gap <= 2 * slack
-        return doubtful.nonzero().flatten() if bool(doubtful.any()) else None
-
-    def exactly(self, queries: Tensor, k: int) -> Tensor:
-        """Candidates from products in float64, block by block."""
-        count = min(k + SPARE, len(self.index))
-        best = queries.new_full((len(queries), 0), 0.0)
-        found = torch.zeros((len(queries), 0), dtype=torch.int64, device=queries.device)
-        centre = self.centre.to(queries)
-        first = 0
-        for block in self.index.rows.blocks(8192):
-            wide = block.to(queries.device, torch.float64)
-            if self.index.normalized:
-                wide = wide / wide.norm(dim=1, keepdim=True).clamp_min(EPS)
-            products = (queries - centre) @ (wide - centre).T
-            if self.index.metric == "l2":
-                products = 2 * products - (wide - centre).square().sum(1)
-            numbers = torch.arange(first, first + len(wide), device=queries.device)
-            first += len(wide)
-            best = torch.cat([best, products], dim=1)
-            found = torch.cat([found, numbers.expand(len(queries), -1)], dim=1)
-            top = best.topk(min(count, best.shape[1]), dim=1)
-            best, found = top.values, found.gather(1, top.indices)
-        return found
-
-
-@cache
-def faiss_module() -> ModuleType | None:
-    """faiss, or None where it is not installed. torch comes first: both share one OpenMP then."""
-    try:
-        import faiss
-    except ImportError:
-        return None
-    return faiss  # type: ignore[no-any-return]
-
-
-def _faiss_search(engine: Any, queries: np.ndarray, count: int) -> tuple[Any, Any]:
-    """faiss's search, with the matrix product used from 20 queries on (its default is 128,000)."""
-    faiss = faiss_module()
-    assert faiss is not None
-    before = faiss.cvar.distance_compute_blas_threshold
-    faiss.cvar.distance_compute_blas_threshold = 20
-    try:
-        return engine.search(np.ascontiguousarray(queries), count)  # type: ignore[no-any-return]
-    finally:
-        faiss.cvar.distance_compute_blas_threshold = before
+    def _proposed(self, device: torch.device) -> Proposer:
+        if self._proposer is None or self._proposer[0] != str(device):
+            self._proposer = (str(device), Proposer(self, device))
+        return self._proposer[1]

@@ -87,10 +87,15 @@ class _Detector(_Strict):
     store: _Store | None
 
 
+class _Member(_Strict):
+    name: str
+    detector: _Detector
+
+
 class _Ensemble(_Strict):
     """The form of an ensemble's document."""
 
-    members: list[tuple[str, dict[str, Any]]] = Field(strict=False)
+    members: list[_Member]
     combine: dict[str, Any]
     components: list[list[str]]
     seed: int
@@ -148,7 +153,7 @@ def packed_ensemble(ensemble: Ensemble, *, store: bool) -> dict[str, Any]:
     components = [c for member in ensemble.members.values() for c in _components(member)]
     return {
         "made_with": surroundings([*components, ensemble.combination]),
-        "members": [[name, member] for name, member in members.items()],
+        "members": [{"name": name, "detector": member} for name, member in members.items()],
         "combine": ensemble.combination.dump(),
         "components": _origins([ensemble.combination]),
         "seed": ensemble.seed,
@@ -248,12 +253,12 @@ def _rebuilt_ensemble(saved: _Ensemble, model: Any, allow: frozenset[str]) -> En
 
     _refuse_missing(saved.components)
     models = {} if model is None else model
-    names = [name for name, _ in saved.members]
+    names = [member.name for member in saved.members]
     if not isinstance(models, Mapping) or not set(models) <= set(names):
         raise ArtifactError(f"this is an ensemble: give model= as a mapping from {names} to models")
     members = {
-        name: _rebuilt(_form(_Detector, fields), models.get(name), allow)
-        for name, fields in saved.members
+        member.name: _rebuilt(member.detector, models.get(member.name), allow)
+        for member in saved.members
     }
     ensemble = Ensemble(members, saved.combine, seed=saved.seed)
     ensemble.state = saved.state

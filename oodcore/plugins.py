@@ -145,7 +145,7 @@ class Registry:
 
         known = list(self.all(slot))
         other = [name for name in SLOTS if kind in self._classes[name]]
-        near = f" (it is a {other[0]});" if other else suggestion(kind, known) or ";"
+        near = f" (it is {one(other[0])});" if other else suggestion(kind, known) or ";"
         text = f"unknown {slot} '{kind}'{near} installed: {', '.join(known) or 'none'}"
         left = [f"{plugin}: {plugin.error}" for plugin in self._plugins if plugin.error]
         return text + (f"; left out: {'; '.join(left)}" if left else "")
@@ -272,6 +272,11 @@ class Registry:
             self._owners[slot, cls.kind] = admitted
         self._plugins.append(admitted)
         return admitted
+
+
+def one(slot: str) -> str:
+    """A slot's name with its article: "a scorer", "an extractor"."""
+    return f"{'an' if slot[0] in 'aeiou' else 'a'} {slot}"
 
 
 def _base(slot: str) -> type[Component]:

@@ -171,16 +171,18 @@ class Combination(Scorer):
         """Scores ``[N, M]`` after the normalisation that was measured."""
         if self.normalize == "none":
             return scores
-        if self.normalize in ("mean", "zscore"):
-            mean, spread = state["mean"], state.get("spread")
-            centred: Tensor = scores if spread is None else scores - mean
-            return centred / (mean if spread is None else spread)
+        if self.normalize == "mean":
+            shares: Tensor = scores / state["mean"]
+            return shares
+        if self.normalize == "zscore":
+            deviations: Tensor = (scores - state["mean"]) / state["spread"]
+            return deviations
         known = state["sorted"].T.contiguous()
         asked = scores.detach().T.contiguous()
         below = torch.searchsorted(known, asked)
         upto = torch.searchsorted(known, asked, right=True)
-        ranks: Tensor = ((below + upto) / 2 + 0.5).T.to(scores.dtype)
-        return ranks / (known.shape[1] + 1)
+        ranks: Tensor = ((below + upto) / 2 + 0.5).T / (known.shape[1] + 1)
+        return ranks.to(scores.dtype)
 
     def score(self, features: Features, state: State) -> Tensor:
         return self.combine(self.normalized(self.member_scores(features, state), state))

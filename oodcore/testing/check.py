@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -53,9 +54,11 @@ class Check:
                 raise AssertionError(f"{who}: {type(error).__name__}: {error}") from error
 
 
-def checks_of(component: Component, subject: Subject, laws: Mapping[str, Law[Subject]]) -> list[Check]:
+def checks_of(
+    component: Component, subject: Subject, laws: Mapping[str, Law[Subject]]
+) -> list[Check]:
     """A check a law."""
-    return [Check(name, component, lambda law=law: law(subject)) for name, law in laws.items()]
+    return [Check(name, component, partial(law, subject)) for name, law in laws.items()]
 
 
 def examine(checks: Iterable[Check]) -> None:
@@ -139,5 +142,4 @@ def _hook(name: str, classes: list[type[Component]]) -> Callable[..., None]:
             register(cls)
 
     bring.__name__ = name
-    return hookimpl(bring)  # type: ignore[no-any-return]
-
+    return hookimpl(bring)

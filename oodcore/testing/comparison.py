@@ -17,6 +17,11 @@ from oodcore.index import Index, Rows
 TOLERANCE = 1e-6
 """Relative; matrix products of other batch sizes are not bitwise the same."""
 
+SAME = 1e-9
+"""Relative; between runs that differ in nothing that should matter."""
+TINY = 1e-12
+"""What is left of numbers near 1 when they cancel, with room; nothing is more exact than that."""
+
 Tensors = Mapping[str, Tensor]
 
 
@@ -69,7 +74,11 @@ def changed(before: Tensors, after: Tensors) -> str | None:
 
 
 def apart(a: Tensors, b: Tensors, tolerance: float = TOLERANCE) -> str | None:
-    """Where numbers differ by more than ``tolerance * max(|b|, median |b|)``, in words, or None."""
+    """Where numbers differ by more than a tolerance, in words, or None.
+
+    The tolerance is relative to the number, to the median and, times a millionth, to the largest:
+    what is left of a difference of large numbers is not exact.
+    """
     if a.keys() != b.keys():
         return f"{', '.join(sorted(a.keys() ^ b.keys()))}: only in one of both"
     for name, left in a.items():
@@ -80,8 +89,8 @@ def apart(a: Tensors, b: Tensors, tolerance: float = TOLERANCE) -> str | None:
         if not one.numel():
             continue
         finite = two[torch.isfinite(two)].abs()
-        middle = finite.median() if finite.numel() else two.new_tensor(0.0)
-        gap = (one - two).abs() > tolerance * torch.maximum(two.abs(), middle)
+        usual = finite.median() + 1e-6 * finite.max() + TINY if finite.numel() else TINY
+        gap = (one - two).abs() > tolerance * (two.abs() + usual)
         wrong = (one != two) & (gap | ~torch.isfinite(one) | ~torch.isfinite(two))
         if bool(wrong.any()):
             place = [int(index) for index in wrong.nonzero()[0]]
@@ -98,6 +107,29 @@ def unfinite(values: Tensors) -> str | None:
             place = [int(index) for index in bad.nonzero()[0]]
             return f"{name or 'the score'} at {place} is {float(tensor[tuple(place)])}"
     return None
+
+
+def ordered(view: Any) -> dict[str, Tensor]:
+    """The tensors of a view; its Rows, which are as many, sorted together."""
+    found = tensors(view)
+    kept = [name for name, value in _rows(view) if isinstance(value, Rows | Index)]
+    if not kept or len({len(found[name]) for name in kept}) > 1:
+        return found
+    columns = torch.cat([found[name].double().flatten(1) if found[name].ndim > 1
+                         else found[name].double()[:, None] for name in kept], dim=1)  # fmt: skip
+    order = torch.arange(len(columns))
+    for column in reversed(range(columns.shape[1])):
+        order = order[columns[order, column].argsort(stable=True)]
+    return {name: value[order] if name in kept else value for name, value in found.items()}
+
+
+def _rows(value: Any, at: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Rows | Index):
+        yield at, value
+        return
+    inside = value.items() if isinstance(value, dict) else getattr(value, "__dict__", {}).items()
+    for name, part in inside:
+        yield from _rows(part, f"{at}.{name}" if at else str(name))
 
 
 @contextmanager

@@ -13,8 +13,9 @@ from oodcore.data import Batch
 from oodcore.detector import Detector
 from oodcore.features import Features
 from oodcore.fitting import Fitting, Learnt, Recipe, shaped
-from oodcore.scorer import Scorer, Shaper
-from oodcore.statistics import State
+from oodcore.scorer import Scorer, Shaper, put_state, tree
+from oodcore.statistics import State, Statistic
+from oodcore.store import FeatureStore
 from oodcore.testing.toy import Network, Problem, Sizes, features_of, in_parts, problem
 
 Edit = Callable[[Features], Features]
@@ -50,13 +51,20 @@ class Subject:
     @property
     def recipe(self) -> Recipe:
         """The smallest recipe that it can be fitted in."""
-        return Recipe(*self.components())  # type: ignore[arg-type]
-
-    def components(self) -> tuple[Component, tuple[Component, ...]]:
-        """A scorer and shapers, as a recipe takes them."""
         if isinstance(self.part, Scorer):
-            return self.part, ()
-        return LargestLogit(), (self.part,)
+            return Recipe(self.part)
+        return Recipe(LargestLogit(), (self.part,))
+
+    @property
+    def components(self) -> tuple[Component, ...]:
+        """Everything in that recipe."""
+        return (self.recipe.scorer, *self.recipe.shapers)
+
+    @property
+    def statistics(self) -> tuple[Statistic, ...]:
+        """What it and its parts are fitted on."""
+        parts = [self.part] if isinstance(self.part, Shaper) else [p for _, p in tree(self.part)]
+        return tuple(statistic for part in parts for statistic in part.statistics())
 
     @property
     def reruns(self) -> bool:
@@ -76,8 +84,8 @@ class Subject:
 
     def detector(self, made: Problem) -> Detector:
         """An unfitted detector of it."""
-        scorer, shapers = self.components()
-        return Detector(made.model, scorer=scorer, shapers=shapers, batch_size=64)
+        recipe = self.recipe
+        return Detector(made.model, scorer=recipe.scorer, shapers=recipe.shapers, batch_size=64)
 
     def features(self, made: Problem, rows: Batch | Tensor) -> Features:
         """What the model says of rows; inputs only where it needs them."""
@@ -110,6 +118,15 @@ class Subject:
         for features in batches():
             fitting.update(features)
         return fitting.finish(lambda held_out: batches())[""]
+
+    def learnt_from(self, store: FeatureStore) -> Learnt:
+        """What it learns from a store, where nothing has to be measured besides."""
+        if isinstance(self.part, Shaper):
+            return Learnt({}, (self.part.fit(store),))
+        state: State = {}
+        for path, part in tree(self.part):
+            state = put_state(state, path, part.fit(store))
+        return Learnt(state, ())
 
     def output(self, features: Features, learnt: Learnt) -> dict[str, Tensor]:
         """What it gives for rows, each tensor with one row a row: scores or shaped features."""
@@ -150,4 +167,3 @@ def stripped(features: Features, needs: frozenset[str]) -> Features:
         inputs=features.inputs if "inputs" in needs else None,
         rerun=features.rerun if "inputs" in needs else None,
     )
-

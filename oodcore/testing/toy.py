@@ -1,9 +1,10 @@
-"""The toy problem: rows of a few classes, rows of none, and a small network that tells them apart."""
+"""The toy problem: rows of a few classes, rows of none, and a network that tells them apart."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -30,8 +31,8 @@ class Sizes:
     classes: int = 4
     width: int = 12
     side: int = 2
-    rows: int = 240
-    tested: int = 48
+    rows: int = 320
+    tested: int = 40
 
 
 class ToyNetwork(nn.Module):
@@ -59,7 +60,7 @@ class ToyNetwork(nn.Module):
         noise = torch.randn(classes, width, generator=generator, dtype=torch.float64)
         weight = 0.2 * means + 0.02 * noise
         squares = means.square().sum(dim=1)
-        head = nn.utils.skip_init(nn.Linear, width, classes, dtype=torch.float64)
+        head = _Head(width, classes, dtype=torch.float64)
         with torch.no_grad():
             head.weight.copy_(weight)
             head.bias.copy_(0.1 * (squares.mean() - squares))
@@ -71,6 +72,11 @@ class ToyNetwork(nn.Module):
             inputs = self.get_submodule(name)(inputs)
         logits: Tensor = self.get_submodule(self.head_name)(inputs.mean(dim=(2, 3)))
         return logits
+
+
+class _Head(nn.Linear):
+    def reset_parameters(self) -> None:
+        """Nothing: the weights come at once, and the global random generator is left alone."""
 
 
 class _Stage(nn.Module):
@@ -168,23 +174,41 @@ def problem(
     sizes = sizes or Sizes()
     module = (network or ToyNetwork)(sizes.classes, sizes.width, tuple(layers)).double().eval()
     head = module.head_name if isinstance(module, ToyNetwork) else "auto"
-    generator = torch.Generator().manual_seed(2)
-    means = class_means(sizes.classes, sizes.width)
-    labels = _labels(sizes, generator)
-    other = 0.5 + 1.7 * means.roll(1, dims=0)
+    train, other, labels, known, unknown = (numbers.clone() for numbers in _drawn(sizes))
     return Problem(
         model=FeatureModel.wrap(module, head=head, layers=layers),
         sizes=sizes,
-        train=batch(_inputs(means[labels], 0.5, sizes, generator), labels),
-        other=batch(_inputs(other[labels], 0.8, sizes, generator), labels),
-        known=_inputs(means[_labels(sizes, generator)[: sizes.tested]], 0.5, sizes, generator),
-        unknown=_unknown(sizes, generator),
+        train=batch(train, labels),
+        other=batch(other, labels),
+        known=known,
+        unknown=unknown,
+    )
+
+
+@cache
+def _drawn(sizes: Sizes) -> tuple[Tensor, ...]:
+    """Inputs of ``train`` and ``other``, the labels of both, ``known`` and ``unknown``."""
+    generator = torch.Generator().manual_seed(2)
+    means = class_means(sizes.classes, sizes.width)
+    labels = _labels(sizes, generator)
+    tested = _labels(sizes, generator)[: sizes.tested]
+    return (
+        _inputs(means[labels], 0.5, sizes, generator),
+        _inputs(0.5 + 1.7 * means.roll(1, dims=0)[labels], 0.8, sizes, generator),
+        labels,
+        _inputs(means[tested], 0.5, sizes, generator),
+        _unknown(sizes, generator),
     )
 
 
 def batch(inputs: Tensor, labels: Tensor) -> Batch:
     """Rows numbered from 0."""
     return Batch(inputs, labels, torch.arange(len(inputs)))
+
+
+def labelled(rows: Batch) -> tuple[Any, Tensor | None]:
+    """Inputs and labels, as a detector is fitted on them."""
+    return rows.inputs, rows.labels
 
 
 def features_of(model: FeatureModel, rows: Batch | Tensor, inputs: bool = True) -> Features:

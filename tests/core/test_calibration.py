@@ -151,6 +151,19 @@ def test_discoveries_equal_scipy(known, new, fdr):
     np.testing.assert_array_equal(calibration.discoveries(new, fdr), adjusted <= fdr)
 
 
+def test_discoveries_equal_scipy_without_ties():
+    rng = np.random.default_rng(0)
+    found = 0
+    for _ in range(400):
+        calibration = Calibration(rng.normal(size=rng.integers(1, 60)))
+        new = rng.normal(rng.choice([0, -1, -2], size=rng.integers(1, 30)))
+        adjusted = false_discovery_control(calibration.p_values(new))
+        flagged = calibration.discoveries(new, 0.2037)
+        np.testing.assert_array_equal(flagged, adjusted <= 0.2037)
+        found += 0 < flagged.sum() < len(new)
+    assert found > 50
+
+
 def test_discoveries_find_what_is_far_away():
     calibration = Calibration(np.random.default_rng(0).normal(size=999))
     far, near = np.full(50, -10.0), np.zeros(50)

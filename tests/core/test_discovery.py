@@ -313,6 +313,9 @@ def test_a_batch_that_proves_nothing_is_not_remembered():
     with pytest.raises(DataError, match="not finite"):
         model.head_name(bad)
     assert model.head_name(drawn(3, WIDTH)) == "fc"
+    named = FeatureModel.wrap(module, head="fc")
+    mended = named(bad, edit={"fc": torch.nan_to_num})
+    assert torch.equal(mended.logits, torch.zeros(2, CLASSES))
 
 
 def test_a_head_that_other_inputs_pass_by_is_an_error():

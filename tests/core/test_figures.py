@@ -44,6 +44,11 @@ def test_constant_scores_stand_in_the_middle(extreme):
     assert figure.edges[0] <= extreme <= figure.edges[-1]
 
 
+@pytest.mark.parametrize("start", [1.0, -1e8, 1e300])
+def test_scores_a_rounding_apart_get_bins_that_differ(start):
+    assert drawn([start, np.nextafter(start, np.inf)], [start]).sound()
+
+
 def test_far_outliers_do_not_squash_the_in_distribution_scores():
     rng = np.random.default_rng(0)
     inside = rng.normal(-50, 5, 2000)
@@ -60,6 +65,10 @@ def test_counts_are_those_of_numpy_within_the_edges():
     clipped = np.clip(inside, figure.edges[0], figure.edges[-1])
     expected, _ = np.histogram(clipped, figure.edges)
     np.testing.assert_array_equal(figure.counts["id"], expected)
+    whole = np.arange(figures.BINS + 1.0)
+    figure = drawn(whole, [0.0])
+    np.testing.assert_allclose(figure.edges, whole, atol=1e-12)
+    assert figure.counts["id"][-1] == 2  # a score on an edge is in the bin above it, but the last
 
 
 def test_a_thinned_curve_stays_near_the_full_one():

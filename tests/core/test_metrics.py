@@ -261,6 +261,7 @@ def test_ece_equals_its_definition():
         if rows.any():
             expected += rows.mean() * abs(correct[rows].mean() - confidence[rows].mean())
     assert metrics.ece(confidence, correct) == pytest.approx(expected, rel=1e-12)
+    assert metrics.ece([0.2, 0.3], [True, False], bins=5) == pytest.approx((0.8 + 0.3) / 2)
     assert metrics.ece([1.0, 1.0], [True, True]) == 0
     assert metrics.ece([0.0, 0.0], [True, True], bins=1) == 1
 
