@@ -1,4 +1,4 @@
-"""An artifact is whole or refused; nothing in it is run, and nothing it holds crashes the process."""
+"""An artifact is whole or refused; nothing in it is run, and nothing it holds crashes anything."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A benchmark: every model sees each row once, and its numbers are those of detectors on their own."""
+"""A benchmark: every model sees each row once, and its numbers are those of detectors alone."""
 
 from __future__ import annotations
 
