@@ -15,9 +15,10 @@ from oodcore.decision import Array, Decision
 from oodcore.errors import ConfigurationError, DataError, NotFittedError
 from oodcore.extractor import Extractor, FeatureModel
 from oodcore.features import Features
-from oodcore.fitting import Fitting, Learnt, Recipe
+from oodcore.fitting import Fitting
 from oodcore.passes import Classes, class_number, fit, fold, place_of, score
 from oodcore.plugins import registry
+from oodcore.recipe import Learnt, Recipe
 from oodcore.scorer import Scorer, Shaper, check_recipe
 
 __all__ = ["Detector", "fit", "load"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,176 +13,15 @@ from oodcore import data
 from oodcore.component import canonical
 from oodcore.data import HELD_OUT_SHARE
 from oodcore.errors import ConfigurationError, DataError, NotFittedError
-from oodcore.features import Features, Rerun, check_finite
-from oodcore.index import Rows
-from oodcore.scorer import (
-    Path,
-    Scorer,
-    Shaper,
-    depth,
-    needed,
-    needed_to_fit,
-    put_state,
-    state_at,
-    tree,
-)
+from oodcore.features import Features, check_finite
+from oodcore.recipe import Learnt, Recipe, require, shaped
+from oodcore.scorer import Path, Scorer, depth, needed, put_state, state_at, tree
+from oodcore.spool import Spool
 from oodcore.statistics import State, Statistic
-from oodcore.store import (
-    FeatureStore,
-    class_count,
-    labelling,
-    missing_fields,
-    packed_head,
-    unpacked_head,
-)
+from oodcore.store import FeatureStore, class_count, labelling
 
 Reread = Callable[[bool], Iterator[Features]]
 """``reread(held_out)``: the training rows again (or the held-out ones), with their inputs."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What a detector is made of: shapers in turn, then a scorer."""
-
-    scorer: Scorer
-    shapers: tuple[Shaper, ...] = ()
-    seed: int = 0
-
-    @property
-    def stages(self) -> int:
-        """How many folds over the training rows it takes."""
-        fitted = sum(1 for shaper in self.shapers if shaper.statistics())
-        statistics = any(part.statistics() for _, part in tree(self.scorer))
-        return fitted + int(statistics) + depth(self.scorer)
-
-    @property
-    def fixed(self) -> bool:
-        """Whether there is nothing to learn at all, not even from the head."""
-        shaped = any(type(shaper).fit is not Shaper.fit for shaper in self.shapers)
-        scored = any(type(part).fit is not Scorer.fit for _, part in tree(self.scorer))
-        return self.stages == 0 and not shaped and not scored
-
-    @property
-    def holds_out(self) -> bool:
-        """Whether some part is measured on rows on which no part was fitted."""
-        return any(part.measures and part.held_out for _, part in tree(self.scorer))
-
-    def needs(self, *, fitting: bool = False) -> frozenset[str]:
-        """The fields of Features that scoring reads (and fitting too)."""
-        names = needed(self.scorer, self.shapers)
-        return names | needed_to_fit(self.scorer, self.shapers) if fitting else names
-
-
-@dataclass(frozen=True)
-class Learnt:
-    """What a recipe has learnt, and a record of what from (rows, classes, labelling, held_out)."""
-
-    scorer: State
-    shapers: tuple[State, ...]
-    record: Mapping[str, Any] = field(default_factory=dict)
-
-
-def shaped(features: Features, shapers: Iterable[Shaper], states: Iterable[State]) -> Features:
-    """Features after the shapers; ``rerun`` takes the same road.
-
-    Raises:
-        DataError: a field that a shaper needs is missing, or it gave numbers that are not finite.
-    """
-    for shaper, state in zip(shapers, states, strict=True):
-        require(shaper.needs(), features, f"shaper '{shaper.kind}'")
-        changed = shaper.apply(features, state)
-        changed.check_finite(f"shaper '{shaper.kind}'")
-        features = replace(changed, rerun=_longer(features.rerun, shaper, state))
-    return features
-
-
-def _longer(road: Rerun | None, shaper: Shaper, state: State) -> Rerun | None:
-    if road is None:
-        return None
-    return lambda inputs, edit=None: shaper.apply(road(inputs, edit=edit), state)
-
-
-def require(needs: Iterable[str], features: Features, who: str) -> None:
-    """Raise a DataError if these features lack what somebody needs."""
-    missing = missing_fields(needs, features)
-    if "inputs" in missing:
-        raise DataError(
-            f"{who} passes through the model again, so it needs a model and its inputs; "
-            "stored features are not enough"
-        )
-    if missing:
-        raise DataError(f"{who} needs {', '.join(missing)}, and these features have none")
-
-
-def scored(features: Features, recipe: Recipe, learnt: Learnt) -> Tensor:
-    """The score of features that have been shaped already, ``[N]`` float64.
-
-    Raises:
-        DataError: a missing field, a score of another shape, or one that is not finite.
-    """
-    who = f"scorer '{recipe.scorer.kind}'"
-    require(needed(recipe.scorer), features, who)
-    scores = recipe.scorer.score(features, learnt.scorer)
-    if scores.shape != (len(features),):
-        raise DataError(f"{who} gave {list(scores.shape)} for {len(features)} rows, not [N]")
-    check_finite(scores, who, features.ids)
-    return scores.double()
-
-
-class Spool:
-    """Features set aside for later stages, in memory up to a limit and memory-mapped past it."""
-
-    def __init__(self) -> None:
-        self.columns: dict[str, Rows] = {}
-        self.head: Any = None
-
-    def __len__(self) -> int:
-        return len(next(iter(self.columns.values()))) if self.columns else 0
-
-    def append(self, features: Features) -> None:
-        """Set a batch aside: everything but inputs."""
-        values: dict[str, Tensor | None] = {
-            name: getattr(features, name) for name in ("embeddings", "logits", "labels", "ids")
-        }
-        values.update({f"layers.{name}": value for name, value in features.layers.items()})
-        self.head = features.head
-        for name, value in values.items():
-            if value is not None:
-                rows = self.columns.setdefault(name, Rows(tuple(value.shape[1:]), value.dtype))
-                rows.append(value)
-
-    def batches(self, device: torch.device, size: int = 2048) -> Iterator[Features]:
-        """The rows in order."""
-        for first in range(0, len(self), size):
-            columns = {
-                name: rows.between(first, first + size).to(device)
-                for name, rows in self.columns.items()
-            }
-            plain = {name: columns.get(name) for name in ("embeddings", "logits", "labels", "ids")}
-            layers = {
-                name.partition(".")[2]: value
-                for name, value in columns.items()
-                if name.startswith("layers.")
-            }
-            yield Features(**plain, layers=layers, head=self.head).double()  # type: ignore[arg-type]
-
-    def copy(self) -> Spool:
-        """A spool that goes on apart from this one."""
-        other = Spool()
-        other.columns = {name: rows.copy() for name, rows in self.columns.items()}
-        other.head = self.head
-        return other
-
-    def packed(self) -> dict[str, Any]:
-        """The spool as plain values and rows, in the form that artifacts hold."""
-        return {"columns": dict(self.columns), "head": packed_head(self.head)}
-
-    @classmethod
-    def unpacked(cls, packed: Mapping[str, Any]) -> Spool:
-        """The spool that ``packed`` described."""
-        spool = cls()
-        spool.columns, spool.head = dict(packed["columns"]), unpacked_head(packed["head"])
-        return spool
 
 
 @dataclass

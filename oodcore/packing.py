@@ -16,9 +16,10 @@ from oodcore.component import Component
 from oodcore.decision import Decision
 from oodcore.errors import ArtifactError, DataError, NotFittedError, OodcoreError, PluginError
 from oodcore.features import Features, Head
-from oodcore.fitting import Fitting, Learnt, Recipe, scored, shaped
+from oodcore.fitting import Fitting
 from oodcore.index import Rows
 from oodcore.plugins import registry
+from oodcore.recipe import Learnt, Recipe, scored, shaped
 
 if TYPE_CHECKING:
     from oodcore.detector import Detector

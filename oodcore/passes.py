@@ -15,8 +15,9 @@ from oodcore.data import Batch, Stream
 from oodcore.errors import ConfigurationError, DataError
 from oodcore.extractor import FeatureModel
 from oodcore.features import Features, Rerun
-from oodcore.fitting import Fitting, scored, shaped
+from oodcore.fitting import Fitting
 from oodcore.progress import track
+from oodcore.recipe import scored, shaped
 
 if TYPE_CHECKING:
     from oodcore.detector import Detector

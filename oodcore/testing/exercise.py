@@ -150,7 +150,7 @@ class Exercise:
         parts: dict[str, Any] = {
             "model": self.run.model,
             "optimizer": self.optimizer.state_dict()["state"],
-            "states": {name: state for name, state in self.engine.states.items() if state},
+            "states": self.engine.states,
             "history": self.engine.history,
         }
         return {name: value.clone() for name, value in tensors(parts).items()}
@@ -158,7 +158,7 @@ class Exercise:
     def _pass_back(self) -> Tensor:
         self.optimizer.zero_grad()
         total = self.engine.total()
-        total.backward()
+        total.backward()  # type: ignore[no-untyped-call]
         return total
 
     def _check_gradients(self) -> None:

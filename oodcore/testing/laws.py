@@ -39,11 +39,17 @@ def needs(subject: Subject) -> None:
     allowed = recipe.needs() if recipe.scorer is part else part.needs()
     to_fit = allowed | frozenset[str]().union(*(s.needs() for s in subject.statistics))
     whole = subject.fit(made)
-    bare = subject.fit(made, edit=lambda features: stripped(features, to_fit))
     expected = subject.outputs(made, made.tested, whole)
-    with torch.no_grad():
-        features = stripped(subject.features(made, made.tested), allowed)
-        given = subject.output(features, bare)
+    try:
+        bare = subject.fit(made, edit=lambda features: stripped(features, to_fit))
+        with torch.no_grad():
+            features = stripped(subject.features(made, made.tested), allowed)
+            given = subject.output(features, bare)
+    except Exception as error:
+        raise AssertionError(
+            f"{sorted(to_fit)} alone do not suffice: {type(error).__name__}: {error}; "
+            "declare what it reads in needs(), and in that of its statistics"
+        ) from error
     shared = given.keys() & expected.keys()
     if not shared:
         raise AssertionError(f"of features with {sorted(allowed)} alone it gives nothing")

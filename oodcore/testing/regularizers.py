@@ -189,9 +189,9 @@ def resume(part: Regularizer) -> None:
         given = Exercise([part]).resume(checkpoint).advance().result()
         if where := changed(expected, given):
             raise AssertionError(
-                f"resumed after step {point} of {plan.steps} it ends with other numbers in {where}; "
-                "all that it remembers must be buffers, parameters and own optimizers of the state "
-                "that build returns"
+                f"resumed after step {point} it ends with other numbers in {where}: "
+                "all that it remembers must be buffers, parameters and own optimizers of the "
+                "state that build returns"
             )
 
 
@@ -302,7 +302,7 @@ def _quietly(name: str, step: Step, hook: Any) -> Any:
 
 def _surroundings(exercise: Exercise, step: Step, state: Any) -> dict[str, Tensor]:
     """All that criterion and loss may not change."""
-    parts = {"the network": exercise.run.model, "the state": state or {}, "the batch": _given(step)}
+    parts = {"the network": exercise.run.model, "the state": state, "the batch": _given(step)}
     return copied({**parts, "the features": step.features, "the extra rows": step.extra})
 
 

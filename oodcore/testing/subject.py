@@ -12,7 +12,8 @@ from oodcore.component import Component
 from oodcore.data import Batch
 from oodcore.detector import Detector
 from oodcore.features import Features
-from oodcore.fitting import Fitting, Learnt, Recipe, shaped
+from oodcore.fitting import Fitting
+from oodcore.recipe import Learnt, Recipe, shaped
 from oodcore.scorer import Scorer, Shaper, put_state, tree
 from oodcore.statistics import State, Statistic
 from oodcore.store import FeatureStore

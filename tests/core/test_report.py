@@ -247,13 +247,12 @@ def test_scores_near_the_limits_of_float64_can_be_drawn():
     big = np.finfo(np.float64).max
     scores = {"only": {"id_test": [-big, 0.0, big], "ood": [-big, big]}}
     calibration = {"only": Calibration([-big / 2, 0.0, big])}
-    Page(
-        report.render(
-            Results.from_scores(
-                [Entry("only")], scores, calibrations=calibration, false_alarm_rate=0.3
-            )
-        )
+    results = Results.from_scores(
+        [Entry("only")], scores, calibrations=calibration, false_alarm_rate=0.3
     )
+    page = Page(report.render(results))
+    limits = [attributes for _, attributes in page.tags if attributes.get("class") == "limit"]
+    assert [limit["x1"] for limit in limits] == ["120.0"]  # a quarter of the way from -big to big
 
 
 def test_writing_gives_what_rendering_gives_every_time(tmp_path):
