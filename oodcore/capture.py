@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -55,10 +55,11 @@ class Call:
         self.rows = rows
         self.heads: dict[str, list[Firing]] = defaultdict(list)
         self._layers: dict[str, list[Tensor]] = defaultdict(list)
+        self._parts = list(module.modules())
         self._exit = ExitStack()
 
     def __enter__(self) -> Call:
-        self._exit.enter_context(evaluating(self.module))
+        self._exit.enter_context(evaluating(self._parts))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -120,7 +121,7 @@ class Call:
     def run(self, inputs: Any) -> Any:
         """The module's output for the inputs; a mapping's entries are its keyword arguments."""
         outer = getattr(_RUNNING, "call", None)
-        with _eager(self.module):
+        with _eager(self._parts):
             _RUNNING.call = self
             try:
                 if isinstance(inputs, Mapping):
@@ -196,13 +197,13 @@ def submodule(module: nn.Module, name: str) -> nn.Module:
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and afterwards each submodule's own mode again.
+def evaluating(parts: Iterable[nn.Module]) -> Iterator[None]:
+    """Evaluation mode for a module's parts, and afterwards each one's own mode again.
 
     Only the flag is set: ``eval()`` may be overridden to do more, such as merging weights. Weights
     too are read in this mode: what computes them may update buffers in training.
     """
-    modes = [(part, part.training) for part in module.modules()]
+    modes = [(part, part.training) for part in parts]
     try:
         for part, training in modes:
             if training:
@@ -215,14 +216,14 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _eager(module: nn.Module) -> Iterator[None]:
+def _eager(parts: Iterable[nn.Module]) -> Iterator[None]:
     """Compiled submodules run as they were written, for compiled code passes hooks by.
 
     How torch runs compiled code is a setting of the whole process, hence one lock.
     """
     compiled = any(
-        hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None
-        for part in module.modules()
+        "_orig_mod" in part._modules or getattr(part, "_compiled_call_impl", None) is not None
+        for part in parts
     )
     if not compiled or not hasattr(torch.compiler, "set_stance"):
         yield

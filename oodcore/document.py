@@ -84,6 +84,11 @@ def read(path: str | Path) -> Document:
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
         raise ConfigurationError(f"{name}:{line}: not UTF-8; save it as UTF-8") from None
+    return parse(text, name)
+
+
+def parse(text: str, name: str = "") -> Document:
+    """The mapping in a text, YAML or JSON, as in a file of that name; errors are those of ``read``."""
     return _Reading(name).document(text)
 
 

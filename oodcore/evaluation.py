@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from oodcore.calibration import Calibration
 from oodcore.component import Component
@@ -18,7 +19,7 @@ from oodcore.detector import Detector
 from oodcore.errors import ConfigurationError
 from oodcore.extractor import FeatureModel
 from oodcore.features import Features
-from oodcore.packing import surroundings
+from oodcore.packing import versions
 from oodcore.passes import Classes, fit, score, score_labelled
 from oodcore.results import Entry, Results
 from oodcore.store import missing_fields
@@ -204,7 +205,7 @@ def compare(study: Study) -> Outcome:
         calibrations=calibrations,
         false_alarm_rate=study.false_alarm_rate if calibrations else None,
         configuration=_configuration(study, left_out),
-        provenance={**surroundings(parts), "seconds": seconds},
+        provenance={"plugins": versions(parts), "seconds": seconds},
     )
     return Outcome(results, detectors)
 
@@ -277,6 +278,8 @@ def _shown(thing: Any) -> Any:
         return thing
     if isinstance(thing, FeatureModel):
         return {"module": type(thing.module).__name__, "fingerprint": thing.fingerprint()}
+    if isinstance(thing, nn.Module):
+        return _shown(FeatureModel.wrap(thing))
     try:
         rows = Stream(thing).rows
     except (TypeError, ValueError):

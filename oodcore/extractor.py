@@ -132,7 +132,7 @@ class FeatureModel:
             )
         module = unwrapped(module)
         if isinstance(head, str) and head != "auto":
-            with _lock(module), evaluating(module):
+            with _lock(module), evaluating(module.modules()):
                 head_of(submodule(module, head), head)
         return cls(module, head, (), preprocess).with_layers(layers)
 

@@ -59,6 +59,11 @@ def copied(value: Any) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in tensors(value).items()}
 
 
+def written(value: Any) -> dict[str, Tensor]:
+    """How often torch wrote to each tensor inside a value: what changed nothing here may elsewhere."""
+    return {name: torch.tensor(tensor._version) for name, tensor in tensors(value).items()}
+
+
 def changed(before: Tensors, after: Tensors) -> str | None:
     """Where two sets of tensors are not bit by bit the same, or None."""
     if before.keys() != after.keys():

@@ -17,6 +17,7 @@ from oodcore.testing.comparison import (
     tensors,
     unfinite,
     untouched_generators,
+    written,
 )
 from oodcore.testing.subject import Subject, stripped
 from oodcore.testing.toy import batch
@@ -148,21 +149,21 @@ def unchanged(subject: Subject) -> None:
     modes = [part.training for part in module.modules()]
     fitting = subject.fitting(made)
     rows = subject.features(made, made.train)
-    before = copied(rows)
+    before, writes = copied(rows), written(rows)
     fitting.update(rows)
     learnt = fitting.finish(lambda held_out: iter([subject.features(made, made.train)]))[""]
-    if where := changed(before, tensors(rows)):
+    if where := changed(before, tensors(rows)) or changed(writes, written(rows)):
         raise AssertionError(f"fitting changes the features it is given, in place: {where}")
-    state, asked = copied(learnt), subject.features(made, made.tested)
-    before = copied(asked)
+    asked = subject.features(made, made.tested)
+    before, writes, state, wrote = copied(asked), written(asked), copied(learnt), written(learnt)
     with torch.no_grad():
         subject.output(asked, learnt)
-    if where := changed(before, tensors(asked)):
+    if where := changed(before, tensors(asked)) or changed(writes, written(asked)):
         raise AssertionError(
             f"it changes the features it is given, in place: {where}; work on a copy (no trailing "
             "underscore, no slice assignment)"
         )
-    if where := changed(state, tensors(learnt)):
+    if where := changed(state, tensors(learnt)) or changed(wrote, written(learnt)):
         raise AssertionError(f"it changes what was learnt when it is used: {where}")
     if where := changed(weights, tensors(module)):
         raise AssertionError(f"it changes the model: {where}")

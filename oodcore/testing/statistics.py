@@ -26,6 +26,7 @@ from oodcore.testing.comparison import (
     other_seeds,
     tensors,
     untouched_generators,
+    written,
 )
 from oodcore.testing.description import configured, documented
 from oodcore.testing.learning import legal
@@ -182,13 +183,13 @@ def needs(summary: Summary) -> None:
 def unchanged(summary: Summary) -> None:
     """Features stay as they are, and what was shown stays as it was when more rows come."""
     rows = summary.features()
-    before = copied(rows)
+    before, writes = copied(rows), written(rows)
     state = summary.state(_split(rows[:120], 40))
     view = summary.statistic.view(state)
     shown = copied(view)
     state = summary.statistic.update(state, rows[120:])
     summary.statistic.view(state)
-    if where := changed(before, tensors(rows)):
+    if where := changed(before, tensors(rows)) or changed(writes, written(rows)):
         raise AssertionError(f"update changes the features it is given, in place: {where}")
     if where := changed(shown, tensors(view)):
         raise AssertionError(

@@ -1,0 +1,327 @@
+"""Writes the parts of the documentation that the code knows best, and checks that they are current.
+
+A page has them between two comments, ``<!-- begin: NAME -->`` and ``<!-- end: NAME -->``; the names
+are in ``PARTS``. ``python docs/generate.py`` rewrites them all, ``--check`` only says which differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parent
+HEADINGS = {
+    "scorer": "Scorers",
+    "shaper": "Shapers",
+    "regularizer": "Regularizers",
+    "statistic": "Statistics",
+    "extractor": "Extractors",
+    "source": "Sources",
+}
+"""The slots in the order in which a reader wants them."""
+LEARNING = ("scorer", "shaper")
+"""The slots whose components say what they read and learn from."""
+HOMES = {"Preprocess": "models.md#preprocessing"}
+"""Where the documentation explains a group of fields that components have."""
+
+_PART = re.compile(r"(<!-- begin: (.+?) -->\n)(.*?)(<!-- end: \2 -->)", re.DOTALL)
+
+
+def main() -> int:
+    """Rewrite the generated parts of all pages, or with ``--check`` report those that differ."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; 1 if a page is old")
+    check = parser.parse_args().check
+    # The pages are about what oodcore brings, whatever else is installed here.
+    os.environ["OODCORE_PLUGINS"] = ""
+    old = {page: text for page, text in current().items() if text != page.read_text("utf-8")}
+    for page, text in old.items():
+        if check:
+            sys.stderr.write(f"{page.relative_to(DOCS.parent)} is not current\n")
+        else:
+            page.write_text(text, "utf-8")
+    if old and check:
+        sys.stderr.write("run python docs/generate.py, and commit what it writes\n")
+    return int(bool(old) and check)
+
+
+def current() -> dict[Path, str]:
+    """Every page that has generated parts, as it should be."""
+    pages = {page: page.read_text("utf-8") for page in sorted(DOCS.glob("*.md"))}
+    return {page: filled(text) for page, text in pages.items() if _PART.search(text)}
+
+
+def filled(page: str) -> str:
+    """A page with its generated parts written anew."""
+
+    def write(found: re.Match[str]) -> str:
+        name, _, argument = found[2].partition(" ")
+        text = PARTS[name](*argument.split()).strip("\n")
+        return f"{found[1]}\n{text}\n\n{found[4]}"
+
+    return _PART.sub(write, page)
+
+
+def kinds() -> str:
+    """Every kind of every slot, a table each."""
+    sections = []
+    for slot, heading in HEADINGS.items():
+        header = ["kind", "what it is"]
+        header += ["reads", "learns from"] if slot in LEARNING else []
+        header += ["source"] if any(cls.paper for cls in built_in(slot).values()) else []
+        lines = []
+        for kind, cls in built_in(slot).items():
+            line = [f"[`{kind}`](#{anchor(slot, kind)})", sentence(cls)]
+            line += [_reads(cls), _learns(cls)] if slot in LEARNING else []
+            line += [_short_citation(cls)] if "source" in header else []
+            lines.append(line)
+        sections.append(f"### {heading}\n\n{table(header, lines)}")
+    return "\n".join(sections)
+
+
+def components(slot: str) -> str:
+    """A section for each component of a slot: docstring, fields, citation, plugin."""
+    from oodcore.plugins import registry
+
+    sections = []
+    for kind, cls in built_in(slot).items():
+        owner = registry.owner(cls)
+        assert owner is not None
+        body, after = prose(cls)
+        paper = f"Source: {cited(cls.paper)}" if cls.paper else ""
+        brought = f"Plugin: `{owner.name}` (`{owner.module}`)"
+        title = f"### {kind} {{ #{anchor(slot, kind)} }}"
+        parts = [title, body, _fields_of(cls), after, paper, brought]
+        sections.append("\n\n".join(part for part in parts if part))
+    return "\n\n".join(sections)
+
+
+def fields(target: str) -> str:
+    """The fields of a model, ``module:class``, as a table."""
+    module, _, name = target.partition(":")
+    return _fields_of(getattr(import_module(module), name))
+
+
+def metrics() -> str:
+    """What a benchmark measures."""
+    from oodcore.metrics import METRICS
+
+    lines = [
+        [f"`{name}`", metric.title, metric.better or "neither", metric.meaning]
+        for name, metric in METRICS.items()
+    ]
+    return table(["name", "title", "better", "meaning"], lines)
+
+
+def hooks() -> str:
+    """Every hook with its signature, and the base class of what it registers."""
+    from oodcore import hookspecs
+    from oodcore.plugins import SLOTS
+
+    sections = []
+    for slot, base in SLOTS.items():
+        hook = getattr(hookspecs, f"register_{slot}s")
+        text = inspect.cleandoc(hook.__doc__ or "")
+        home = base.replace(":", ".")
+        sections.append(
+            f"#### `{hook.__name__}`\n\n```python\ndef {hook.__name__}{inspect.signature(hook)}\n"
+            f"```\n\n{_markdown(text)} The class is `{home}`."
+        )
+    return "\n\n".join(sections)
+
+
+def table(header: list[str], lines: list[list[str]]) -> str:
+    """A table in Markdown."""
+    rows = [header, ["---"] * len(header), *lines]
+    cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
+    return "".join(f"| {' | '.join(row)} |\n" for row in cells)
+
+
+def built_in(slot: str) -> Mapping[str, Any]:
+    """The classes of a slot that oodcore itself brings, by kind."""
+    from oodcore.plugins import OWN, registry
+
+    found = registry.all(slot)
+    own = {kind: registry.owner(cls) for kind, cls in found.items()}
+    return {k: cls for k, cls in found.items() if (owner := own[k]) and owner.distribution == OWN}
+
+
+def anchor(slot: str, kind: str) -> str:
+    """Where in the page of methods a component is."""
+    return f"{slot}-{kind}"
+
+
+def prose(cls: type[Any]) -> tuple[str, str]:
+    """What a docstring says before its fields, and after them."""
+    text = inspect.cleandoc(cls.__doc__ or "")
+    before, _, rest = f"{text}\n".partition("\nArgs:\n")
+    after = re.sub(r"\A(?:(?: {4}.*)?\n)*", "", rest)
+    return _markdown(before.strip()), _markdown(after.strip())
+
+
+def sentence(cls: type[Any]) -> str:
+    """The first sentence of a docstring, without what only the section can show."""
+    first = " ".join(inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0].split())
+    found = re.match(r"(?:``.*?``|[^`])*?[.:](?=\s|$)", first)
+    return _markdown(found[0] if found else first).rstrip(".:")
+
+
+def cited(paper: Any) -> str:
+    """A full citation whose title is a link."""
+    return f"{paper.authors}. [{paper.title}]({paper.url}). {paper.venue} {paper.year}."
+
+
+def _markdown(text: str) -> str:
+    """A docstring's words as Markdown; only its code may hold what looks like a tag."""
+    parts = re.split(r"(``.*?``)", text, flags=re.DOTALL)
+    return "".join(part if part.startswith("``") else part.replace("<", "\\<") for part in parts)
+
+
+def _short_citation(cls: type[Any]) -> str:
+    paper = cls.paper
+    if paper is None:
+        return ""
+    first, *others = paper.authors.split(", ")
+    names = first.split()[-1] + {0: "", 1: f" and {others[0].split()[-1]}" if others else ""}.get(
+        len(others), " et al."
+    )
+    return f"[{names}, {paper.venue} {paper.year}]({paper.url})"
+
+
+class _Part:
+    """Stands for a component inside another, whichever it may be."""
+
+    measures = False
+
+    def needs(self) -> frozenset[str]:
+        return frozenset()
+
+    def statistics(self) -> tuple[Any, ...]:
+        return ()
+
+
+def _example(cls: type[Any]) -> Any:
+    """An instance to ask; where fields are needed, one that holds stand-ins."""
+    from pydantic import ValidationError
+
+    try:
+        return cls()
+    except ValidationError:
+        given = {name: _Part() for name, field in cls.model_fields.items() if field.is_required()}
+        return cls.model_construct(**given)
+
+
+def _reads(cls: type[Any]) -> str:
+    names = ", ".join(sorted(_example(cls).needs()))
+    inner = "what its parts read" if _has_parts(cls) else ""
+    return ", ".join(filter(None, [names, inner])) or "nothing"
+
+
+def _learns(cls: type[Any]) -> str:
+    example = _example(cls)
+    learnt = [f"[`{s.kind}`](#{anchor('statistic', s.kind)})" for s in example.statistics()]
+    if getattr(example, "measures", False):
+        learnt.append("its scores" if cls.held_out else "numbers of its own")
+    return ", ".join(dict.fromkeys(learnt))
+
+
+def _has_parts(cls: type[Any]) -> bool:
+    return '"x-slot": "scorer"' in json.dumps(cls.model_json_schema()["properties"])
+
+
+def _fields_of(cls: type[Any]) -> str:
+    from oodcore.component import notes
+
+    schema = cls.model_json_schema()
+    said = notes(cls)
+    lines = [
+        [
+            f"`{name}`",
+            _values(schema["properties"][name]),
+            _default(field),
+            _markdown(said.get(name, "")),
+        ]
+        for name, field in cls.model_fields.items()
+    ]
+    return table(["field", "values", "default", "meaning"], lines) if lines else ""
+
+
+def _default(field: Any) -> str:
+    from oodcore.component import canonical
+
+    if field.is_required():
+        return "*needed*"
+    value = field.get_default(call_default_factory=True)
+    return f"`{canonical(value)}`"
+
+
+def _values(schema: Mapping[str, Any]) -> str:
+    """What a field takes, in words."""
+    return " or ".join(dict.fromkeys(_alternatives(schema)))
+
+
+def _alternatives(schema: Mapping[str, Any]) -> Iterator[str]:
+    for one in (*schema.get("anyOf", ()), *schema.get("oneOf", ())):
+        yield from _alternatives(one)
+    if "anyOf" in schema or "oneOf" in schema:
+        return
+    if slot := schema.get("x-slot"):
+        from oodcore.plugins import one as with_article
+
+        yield with_article(slot)
+    elif reference := schema.get("$ref", *[part.get("$ref") for part in schema.get("allOf", ())]):
+        name = reference.rpartition("/")[2]
+        yield f"[mapping]({HOMES[name]})" if name in HOMES else "mapping"
+    elif "enum" in schema or "const" in schema:
+        yield from (f"`{value}`" for value in schema.get("enum", [schema.get("const")]))
+    else:
+        yield _plain(schema)
+
+
+def _plain(schema: Mapping[str, Any]) -> str:
+    kind = schema.get("type")
+    if kind == "string":
+        if schema.get("format") == "path":
+            return "path"
+        return "`package.module:name`" if ":" in schema.get("pattern", "").strip("(:") else "text"
+    if kind == "array":
+        if parts := schema.get("prefixItems"):
+            return f"[{', '.join(_values(part) for part in parts)}]"
+        return f"list of: {_values(schema.get('items', {}))}"
+    words = {"integer": "whole number", "number": "number", "boolean": "`true` or `false`"}
+    words |= {"null": "null", "object": "mapping"}
+    if kind not in words:
+        return "anything"
+    if kind == "object" and (inner := schema.get("additionalProperties")) not in (None, True, False):
+        return f"mapping of names to: {_values(inner)}"
+    bounds = [
+        f"{word} {schema[key]:g}"
+        for key, word in (
+            ("exclusiveMinimum", "above"),
+            ("minimum", "at least"),
+            ("exclusiveMaximum", "below"),
+            ("maximum", "at most"),
+        )
+        if key in schema
+    ]
+    return " ".join([words[kind], ", ".join(bounds)]).strip()
+
+
+PARTS: dict[str, Callable[..., str]] = {
+    "kinds": kinds,
+    "components": components,
+    "fields": fields,
+    "metrics": metrics,
+    "hooks": hooks,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
