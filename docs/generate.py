@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import io
 import json
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -29,9 +31,6 @@ HEADINGS = {
 """The slots in the order in which a reader wants them."""
 LEARNING = ("scorer", "shaper")
 """The slots whose components say what they read and learn from."""
-HOMES = {"Preprocess": "models.md#preprocessing"}
-"""Where the documentation explains a group of fields that components have."""
-
 _PART = re.compile(r"(<!-- begin: (.+?) -->\n)(.*?)(<!-- end: \2 -->)", re.DOTALL)
 
 
@@ -132,9 +131,24 @@ def hooks() -> str:
         text = inspect.cleandoc(hook.__doc__ or "")
         home = base.replace(":", ".")
         sections.append(
-            f"#### `{hook.__name__}`\n\n```python\ndef {hook.__name__}{inspect.signature(hook)}\n"
-            f"```\n\n{_markdown(text)} The class is `{home}`."
+            f"#### `{hook.__name__}`\n\n```text\n{signature(hook)}\n```\n\n"
+            f"{_markdown(text)} The class is `{home}`."
         )
+    return "\n\n".join(sections)
+
+
+def commands() -> str:
+    """The help of every command, as it prints it."""
+    from oodcore.cli import run
+    from oodcore.cli.program import app
+
+    sections = []
+    for name in ("", *(command.name for command in app.registered_commands)):
+        said = io.StringIO()
+        with _plain_terminal(), redirect_stdout(said):
+            run([*filter(None, [name]), "--help"])
+        title = f"oodcore {name}".strip()
+        sections.append(f"### {title}\n\n```text\n{said.getvalue().strip()}\n```")
     return "\n\n".join(sections)
 
 
@@ -143,6 +157,11 @@ def table(header: list[str], lines: list[list[str]]) -> str:
     rows = [header, ["---"] * len(header), *lines]
     cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
     return "".join(f"| {' | '.join(row)} |\n" for row in cells)
+
+
+def signature(function: Callable[..., Any]) -> str:
+    """A function's name and parameters as its file has them."""
+    return f"{function.__name__}{inspect.signature(function)}".replace("'", "")
 
 
 def built_in(slot: str) -> Mapping[str, Any]:
@@ -170,7 +189,7 @@ def prose(cls: type[Any]) -> tuple[str, str]:
 def sentence(cls: type[Any]) -> str:
     """The first sentence of a docstring, without what only the section can show."""
     first = " ".join(inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0].split())
-    found = re.match(r"(?:``.*?``|[^`])*?[.:](?=\s|$)", first)
+    found = re.match(r"(?:``.*?``|[^`])*?\.(?=\s|$)", first)
     return _markdown(found[0] if found else first).rstrip(".:")
 
 
@@ -233,19 +252,15 @@ def _learns(cls: type[Any]) -> str:
     return ", ".join(dict.fromkeys(learnt))
 
 
-def _has_parts(cls: type[Any]) -> bool:
-    return '"x-slot": "scorer"' in json.dumps(cls.model_json_schema()["properties"])
-
-
 def _fields_of(cls: type[Any]) -> str:
+    from oodcore.cli.description import type_of
     from oodcore.component import notes
 
-    schema = cls.model_json_schema()
     said = notes(cls)
     lines = [
         [
             f"`{name}`",
-            _values(schema["properties"][name]),
+            type_of(field.annotation, field.metadata).replace("<", "\\<"),
             _default(field),
             _markdown(said.get(name, "")),
         ]
@@ -259,60 +274,23 @@ def _default(field: Any) -> str:
 
     if field.is_required():
         return "*needed*"
-    value = field.get_default(call_default_factory=True)
-    return f"`{canonical(value)}`"
+    return f"`{canonical(field.get_default(call_default_factory=True))}`"
 
 
-def _values(schema: Mapping[str, Any]) -> str:
-    """What a field takes, in words."""
-    return " or ".join(dict.fromkeys(_alternatives(schema)))
+def _has_parts(cls: type[Any]) -> bool:
+    return '"x-slot": "scorer"' in json.dumps(cls.model_json_schema()["properties"])
 
 
-def _alternatives(schema: Mapping[str, Any]) -> Iterator[str]:
-    for one in (*schema.get("anyOf", ()), *schema.get("oneOf", ())):
-        yield from _alternatives(one)
-    if "anyOf" in schema or "oneOf" in schema:
-        return
-    if slot := schema.get("x-slot"):
-        from oodcore.plugins import one as with_article
-
-        yield with_article(slot)
-    elif reference := schema.get("$ref", *[part.get("$ref") for part in schema.get("allOf", ())]):
-        name = reference.rpartition("/")[2]
-        yield f"[mapping]({HOMES[name]})" if name in HOMES else "mapping"
-    elif "enum" in schema or "const" in schema:
-        yield from (f"`{value}`" for value in schema.get("enum", [schema.get("const")]))
-    else:
-        yield _plain(schema)
-
-
-def _plain(schema: Mapping[str, Any]) -> str:
-    kind = schema.get("type")
-    if kind == "string":
-        if schema.get("format") == "path":
-            return "path"
-        return "`package.module:name`" if ":" in schema.get("pattern", "").strip("(:") else "text"
-    if kind == "array":
-        if parts := schema.get("prefixItems"):
-            return f"[{', '.join(_values(part) for part in parts)}]"
-        return f"list of: {_values(schema.get('items', {}))}"
-    words = {"integer": "whole number", "number": "number", "boolean": "`true` or `false`"}
-    words |= {"null": "null", "object": "mapping"}
-    if kind not in words:
-        return "anything"
-    if kind == "object" and (inner := schema.get("additionalProperties")) not in (None, True, False):
-        return f"mapping of names to: {_values(inner)}"
-    bounds = [
-        f"{word} {schema[key]:g}"
-        for key, word in (
-            ("exclusiveMinimum", "above"),
-            ("minimum", "at least"),
-            ("exclusiveMaximum", "below"),
-            ("maximum", "at most"),
-        )
-        if key in schema
-    ]
-    return " ".join([words[kind], ", ".join(bounds)]).strip()
+@contextmanager
+def _plain_terminal() -> Iterator[None]:
+    """Within it the command line writes as to a file that is 80 columns wide."""
+    kept = dict(os.environ)
+    os.environ.update(COLUMNS="80", TERM="dumb", NO_COLOR="1")
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(kept)
 
 
 PARTS: dict[str, Callable[..., str]] = {
@@ -321,6 +299,7 @@ PARTS: dict[str, Callable[..., str]] = {
     "fields": fields,
     "metrics": metrics,
     "hooks": hooks,
+    "commands": commands,
 }
 
 if __name__ == "__main__":

@@ -66,8 +66,8 @@ def read(path: str | Path) -> Document:
     ``2024-01-01`` are texts. Tags and aliases are refused, for a file may come from a stranger.
 
     Raises:
-        ConfigurationError: no such file, larger than 500 kB, no UTF-8, no YAML, empty, a key that is
-            given twice or is no text, no mapping. The message begins with file and line.
+        ConfigurationError: no such file, larger than 500 kB, no UTF-8, no YAML, empty, a key that
+            is given twice or is no text, no mapping. The message begins with file and line.
     """
     name = str(path)
     try:
@@ -87,8 +87,8 @@ def read(path: str | Path) -> Document:
     return parse(text, name)
 
 
-def parse(text: str, name: str = "") -> Document:
-    """The mapping in a text, YAML or JSON, as in a file of that name; errors are those of ``read``."""
+def parse(text: str, name: str) -> Document:
+    """The mapping in a text, YAML or JSON, read as a file of this name is."""
     return _Reading(name).document(text)
 
 

@@ -25,10 +25,10 @@ from oodcore.calibration import Calibration
 from oodcore.errors import ArtifactError, ConfigurationError, DataError
 from oodcore.figures import Figure, draw
 from oodcore.metrics import METRICS, SEPARATION, Curve, Floats, curve, finite_scores
-from oodcore.tables import Column, markdown, table_rows, terminal
+from oodcore.tables import Column, markdown, table_rows
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from oodcore.overview import Overview
 
 SCHEMA = 1
 ID = "id"
@@ -281,9 +281,11 @@ class Results:
         """See ``oodcore.tables.markdown``."""
         return markdown(self, metric)
 
-    def table(self, metric: str = "auroc") -> Table:
-        """See ``oodcore.tables.terminal``."""
-        return terminal(self, metric)
+    def table(self, metric: str = "auroc") -> Overview:
+        """What ``rich.print`` shows in a terminal; see ``oodcore.overview.Overview``."""
+        from oodcore.overview import Overview
+
+        return Overview(self, metric)
 
     def save(self, folder: str | Path) -> Path:
         """Write ``results.csv`` (the rows) and ``results.json`` (everything) into a folder.

@@ -12,8 +12,13 @@ from oodcore.component import Component, notes
 from oodcore.config import BenchmarkConfig, DetectorConfig
 from oodcore.errors import ConfigurationError
 from oodcore.plugins import registry
+from oodcore.training_config import TrainingConfig
 
-TARGETS: dict[str, type[BaseModel]] = {"detector": DetectorConfig, "benchmark": BenchmarkConfig}
+TARGETS: dict[str, type[BaseModel]] = {
+    "detector": DetectorConfig,
+    "benchmark": BenchmarkConfig,
+    "training": TrainingConfig,
+}
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 Schema = dict[str, Any]
@@ -26,7 +31,7 @@ def schema(target: str = "detector") -> Schema:
     kind and its fields. What a schema cannot say, such as rules between fields, it leaves open.
 
     Args:
-        target: "detector" or "benchmark".
+        target: "detector", "benchmark" or "training".
 
     Raises:
         ConfigurationError: another target.

@@ -1,4 +1,4 @@
-"""Results as a table: for a terminal, for Markdown, for whoever lays one out himself."""
+"""Results as a table: for Markdown, and for whoever lays one out himself."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from oodcore.errors import ConfigurationError
 from oodcore.metrics import METRICS, SEPARATION
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from oodcore.results import Results
 
 
@@ -78,26 +76,6 @@ def markdown(results: Results, metric: str = "auroc") -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in [escaped[0], rule, *escaped[1:]])
 
 
-def terminal(results: Results, metric: str = "auroc") -> Table:
-    """``table_rows`` as rich draws them; the best number of a column is bold."""
-    from rich.table import Table
-    from rich.text import Text
-
-    header, *lines = table_rows(results, metric)
-    words = len(_name_columns(results))
-    table = Table(title=f"{METRICS[metric].title} (%), {METRICS[metric].better} is better")
-    best = ["" for _ in range(words)]
-    for column in columns(results, metric):
-        cells = [results.cell(entry.name, column) for entry in results.entries]
-        best.append(percent(best_of([cell for cell in cells if cell is not None], column.metric)))
-    for number, title in enumerate(header):
-        table.add_column(Text(title), justify="left" if number < words else "right")
-    for line in lines:
-        marked = zip(line, best, strict=True)
-        table.add_row(*(Text(cell, "bold" if cell and cell == top else "") for cell, top in marked))
-    return table
-
-
 def best_of(values: list[float], metric: str) -> float | None:
     """The best of some values of a metric; None where there are none or neither end is better."""
     better = METRICS[metric].better
@@ -107,5 +85,7 @@ def best_of(values: list[float], metric: str) -> float | None:
 
 
 def _name_columns(results: Results) -> list[str]:
+    """A detector, and its model where there are several that the name does not begin with."""
+    told = all(entry.name.startswith(f"{entry.model}/") for entry in results.entries)
     several = len({entry.model for entry in results.entries}) > 1
-    return ["detector", "model"] if several else ["detector"]
+    return ["detector", "model"] if several and not told else ["detector"]

@@ -9,13 +9,14 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import (
     Field,
+    GetJsonSchemaHandler,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import CoreSchema, PydanticCustomError
 from torch import nn
 
 from oodcore import factory
@@ -115,6 +116,13 @@ class ScheduleConfig(Settings):
     @classmethod
     def _from_kind(cls, data: Any) -> Any:
         return {"kind": data} if isinstance(data, str) else data
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        full = handler.resolve_ref_schema(handler(core))
+        return {"anyOf": [{"enum": full["properties"]["kind"]["enum"]}, full]}
 
     @model_validator(mode="after")
     def _check(self) -> ScheduleConfig:

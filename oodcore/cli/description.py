@@ -41,7 +41,14 @@ def documentation(cls: type[Component]) -> str:
     """A class's docstring without the list of its fields, which ``fields`` tells."""
     text = inspect.cleandoc(cls.__doc__ or "")
     text = re.sub(r"^Args:\n(?: {4}.*\n?|\n)*", "", text, flags=re.MULTILINE)
-    return text.replace("``", "").strip()
+    return "\n\n".join(_flowing(part) for part in text.replace("``", "").strip().split("\n\n"))
+
+
+def _flowing(paragraph: str) -> str:
+    """A paragraph as one line; formulas, lists and tables stay as they are."""
+    lines = paragraph.splitlines()
+    kept = any(re.match(r"\s|[-*|]\s|\d+\.\s", line) for line in lines)
+    return paragraph if kept else " ".join(lines)
 
 
 def fields(cls: type[Component]) -> list[dict[str, Any]]:
@@ -60,7 +67,9 @@ def fields(cls: type[Component]) -> list[dict[str, Any]]:
 
 
 def needs(cls: type[Component]) -> list[str] | None:
-    """The fields of Features that it reads; None where no kind alone tells."""
+    """The fields of Features that it reads; None where the kind alone does not tell."""
+    if not issubclass(cls, Scorer | Shaper | Statistic):
+        return []
     try:
         part: Any = cls()
     except ValidationError:
@@ -69,7 +78,7 @@ def needs(cls: type[Component]) -> list[str] | None:
         return sorted(needed(part) | needed_to_fit(part))
     if isinstance(part, Shaper):
         return sorted(part.needs().union(*(s.needs() for s in part.statistics())))
-    return sorted(part.needs()) if isinstance(part, Statistic) else []
+    return sorted(part.needs())
 
 
 def described(slot: str, kind: str) -> dict[str, Any]:

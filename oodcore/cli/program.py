@@ -147,9 +147,10 @@ def _demo(
         Path, typer.Option("--out", "-o", metavar="DIR", help="The folder to write.")
     ] = Path("runs/demo"),
 ) -> None:
-    """Train two small networks on digits, compare all detectors, keep the best.
+    """Train two small networks on digits and compare all detectors.
 
-    What an earlier demonstration left in the folder is replaced.
+    It leaves the networks, the best detector, results and a report; what an earlier demonstration
+    left in the folder is replaced.
     """
     from oodcore.cli import work
 
@@ -158,7 +159,7 @@ def _demo(
 
 @_command("plugins")
 def _plugins(as_json: Json = False) -> None:
-    """What is installed, what it brings, and what was left out and why."""
+    """What is installed, what it brings, what was left out."""
     from oodcore.cli import catalogue
 
     catalogue.plugins(as_json)
@@ -182,7 +183,7 @@ def _show(
     kind: Annotated[str, typer.Argument(metavar="KIND", help="As in 'list', or SLOT.KIND.")],
     as_json: Json = False,
 ) -> None:
-    """What a kind computes, its fields, what it needs, its paper and its plugin."""
+    """All about a kind: formula, fields, needs, paper, plugin."""
     from oodcore.cli import catalogue
 
     catalogue.show(kind, as_json)
@@ -198,7 +199,10 @@ def _check(
         ),
     ] = False,
 ) -> None:
-    """Say what a configuration is for, or all that is wrong with it; run nothing it names."""
+    """Say what a configuration is for, or what is wrong with it.
+
+    Nothing that it names is imported or read, unless --allow is given.
+    """
     from oodcore.cli import files
 
     files.check(config, load=allow)
@@ -225,7 +229,10 @@ def _train(
     ] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Train a network, with regularizers; a killed run goes on with --resume."""
+    """Train a network, with or without regularizers.
+
+    A run that was killed goes on with --resume.
+    """
     from oodcore.cli import work
 
     work.train_network(config, out, resume, overwrite)
@@ -240,7 +247,10 @@ def _fit(
         bool, typer.Option("--store", help="Keep the statistics, so that fitting can go on.")
     ] = False,
 ) -> None:
-    """Fit a detector, calibrate it where there are rows for that, save it as an artifact."""
+    """Fit and calibrate a detector, and save it as an artifact.
+
+    The configuration says on which rows: train, held_out and calibrate.
+    """
     from oodcore.cli import work
 
     work.fit_detector(config, out, overwrite, store)
@@ -267,7 +277,11 @@ def _score(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Score rows: id and score, and with calibration p_value and prediction (1 in, -1 out)."""
+    """Score rows with an artifact, into a .csv file.
+
+    Its columns are id and score and, if the artifact is calibrated, p_value and prediction: 1 for
+    in-distribution, -1 for out. A higher score is more in-distribution.
+    """
     from oodcore.cli import work
 
     work.score_rows(artifact, source, out, tuple(allow or ()), sha256, rate, as_json)
@@ -275,7 +289,10 @@ def _score(
 
 @_command("benchmark")
 def _benchmark(config: Config, out: Out, as_json: Json = False) -> None:
-    """Compare detectors on many data sets; leaves results.json, results.csv and report.html."""
+    """Compare detectors on many data sets.
+
+    It leaves results.json, results.csv and report.html.
+    """
     from oodcore.cli import work
 
     work.run_benchmark(config, out, as_json)
@@ -298,7 +315,7 @@ def _new_plugin(
         Path | None, typer.Option("--folder", metavar="DIR", help="Where to; oodcore-NAME here.")
     ] = None,
 ) -> None:
-    """Start a plugin of your own: a distribution with a method and its tests."""
+    """Start a plugin of your own."""
     from oodcore.cli import files
 
     files.start_plugin(name, folder)

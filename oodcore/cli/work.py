@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -14,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oodcore.calibration import Calibration
 from oodcore.cli import streams
 from oodcore.component import Component
 from oodcore.config import DetectorConfig, read, validate
@@ -22,6 +23,7 @@ from oodcore.data import Batch, Stream
 from oodcore.demo import demo
 from oodcore.detector import Detector, load
 from oodcore.document import parse
+from oodcore.ensemble import Ensemble
 from oodcore.errors import ArtifactError, ConfigurationError
 from oodcore.evaluation import compare, study_of
 from oodcore.features import Features
@@ -51,14 +53,16 @@ def demonstrate(out: Path) -> None:
         "report": ["report.html"],
         "results": ["results.csv", "results.json"],
         "detector": ["detector"],
-        "models": [f"models/{title}" for title in sorted({e.model for e in outcome.results.entries})],
+        "models": [
+            f"models/{title}" for title in sorted({e.model for e in outcome.results.entries})
+        ],
     }.items():
         streams.write(f"{name:<9} {', '.join(str(out / file) for file in files)}")
-    allowed = "".join(f" --allow {name}" for name in best.extractor.code() if best.extractor)
-    streams.write(
-        f"\nTry the detector:\noodcore score {out / 'detector'} '{_example(outcome.results)}' "
-        f"--out scores.csv{allowed}"
-    )
+    command = ["oodcore", "score", str(out / "detector"), _example(outcome.results)]
+    command += ["--out", "scores.csv"]
+    for name in best.extractor.code() if best.extractor else ():
+        command += ["--allow", name]
+    streams.write(f"\nScore rows with the detector:\n  {shlex.join(command)}")
 
 
 def train_network(config: Path, out: Path, resume: bool, overwrite: bool) -> None:
@@ -89,3 +93,211 @@ def fit_detector(config: Path, out: Path, overwrite: bool, store: bool) -> None:
         detector.save(out, overwrite=overwrite, store=store)
     streams.write(f"fitted {detector.scorer.kind} on {_rows_of(detector)}; {_threshold(detector)}")
     streams.write(f"saved to {out}")
+
+
+def score_rows(
+    artifact: Path,
+    given: str,
+    out: Path,
+    allow: tuple[str, ...],
+    sha256: str | None,
+    rate: float | None,
+    as_json: bool,
+) -> None:
+    """Score the rows of a source into a .csv file, and print how many were flagged.
+
+    Args:
+        artifact: what ``fit`` saved.
+        given: the source: a kind, a mapping in YAML, or a file that holds one.
+        out: the file; it is there whole, or not at all.
+        allow: code that the artifact may run.
+        sha256: of the artifact's manifest.
+        rate: the false-alarm rate to predict with; the artifact's own if None.
+        as_json: print JSON.
+
+    Raises:
+        ConfigurationError: the source, the file's name, or a rate without a calibration.
+        ArtifactError: as ``oodcore.load``.
+        DataError: rows that cannot be scored.
+    """
+    if out.suffix != ".csv":
+        raise ConfigurationError(f"{out}: the scores are written as .csv; give --out NAME.csv")
+    source = _source(given)
+    detector: Detector | Ensemble = load(artifact, allow=allow, sha256=sha256)
+    rate = _rate(detector, rate)
+    rows = _Numbered(source, detector)
+    with streams.bars() as bars:
+        bars.rows = rows.total
+        scores = detector.score(rows)
+    columns = {"id": rows.ids(), "score": scores.tolist()}
+    answer: dict[str, Any] = {"out": str(out), "rows": len(scores)}
+    told = "not calibrated, so nothing is flagged"
+    if detector.calibration is not None and rate is not None:
+        flagged = detector.calibration.flagged(scores, rate)
+        columns["p_value"] = detector.calibration.p_values(scores).tolist()
+        columns["prediction"] = [-1 if flag else 1 for flag in flagged]
+        answer |= {"flagged": int(flagged.sum()), "false_alarm_rate": rate}
+        told = f"{answer['flagged']} flagged at a false-alarm rate of {rate:g}"
+    _write_columns(out, columns)
+    if as_json:
+        streams.write_json(answer)
+    else:
+        streams.write(f"scored {len(scores)} rows, {told}: {out}")
+
+
+def run_benchmark(config: Path, out: Path, as_json: bool) -> None:
+    """Compare detectors, write results and report, print the table."""
+    study = study_of(config)
+    with streams.bars():
+        results = compare(study).results
+        results.save(out)
+    report = write(results, out / "report.html")
+    if as_json:
+        streams.write_json(
+            {
+                "best": results.best(),
+                "false_alarm_rate": results.configuration.get("false_alarm_rate"),
+                "rows": [asdict(row) for row in results.rows],
+            }
+        )
+        return
+    streams.draw(results.table())
+    streams.write(f"\n{_verdict(results)}\n\n{report}, results.csv and results.json beside it")
+
+
+def render_report(folder: Path) -> None:
+    """Write the report of saved results again."""
+    streams.write(str(write(Results.load(folder), folder / "report.html")))
+
+
+class _Numbered:
+    """The batches of a source, and the ids that went by."""
+
+    def __init__(self, source: Component, detector: Detector | Ensemble) -> None:
+        first = (
+            next(iter(detector.members.values())) if isinstance(detector, Ensemble) else detector
+        )
+        self._stream = Stream(source, batch_size=first.batch_size, num_workers=first.num_workers)
+        self._seen: list[Tensor] = []
+        self.total = self._stream.rows
+
+    def __iter__(self) -> Iterator[Batch | Features]:
+        self._seen = []
+        for batch in self._stream:
+            assert batch.ids is not None
+            self._seen.append(batch.ids)
+            yield batch
+
+    def ids(self) -> list[int]:
+        """The ids of the last pass, in its order."""
+        return [int(number) for part in self._seen for number in part]
+
+
+def _rate(detector: Detector | Ensemble, rate: float | None) -> float | None:
+    """The false-alarm rate to flag at; None where nothing was calibrated.
+
+    Raises:
+        ConfigurationError: a rate, and no calibration, or too few of its rows for the rate.
+    """
+    if detector.calibration is None:
+        if rate is not None:
+            raise ConfigurationError(
+                "this artifact was not calibrated, so there is no --rate to flag at; fit it with "
+                "'calibrate' in its configuration"
+            )
+        return None
+    rate = detector.false_alarm_rate if rate is None else rate
+    assert rate is not None
+    detector.calibration.threshold(rate)
+    return rate
+
+
+def _source(given: str) -> Component:
+    """The source that a kind, a mapping in YAML or a file stands for.
+
+    Raises:
+        ConfigurationError: it is none of these.
+    """
+    if given.lstrip().startswith("{"):
+        return registry.build("source", parse(given, "SOURCE").data)
+    path = Path(given)
+    if path.suffix in (".yaml", ".yml", ".json") and not registry.find("source", given):
+        try:
+            return registry.build("source", read(path).data)
+        except ConfigurationError as error:
+            text = str(error)
+            raise ConfigurationError(
+                text if text.startswith(given) else f"{given}: {text}"
+            ) from None
+    return registry.build("source", given)
+
+
+def _write_columns(path: Path, columns: Mapping[str, list[Any]]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text.getvalue())
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Within it torch computes in one thread.
+
+    On images of 64 pixels several take longer than one, and many times longer where other
+    processes want the cores as well.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _verdict(results: Results) -> str:
+    """The best detector, and how its false alarms compare with what was asked for."""
+    name = results.best()
+    text = f"Best: {name}, mean AUROC {percent(results.mean(name, 'auroc'))} %"
+    measured = results.value(name, "false_alarm_rate", results.id_data.name)
+    asked = results.configuration.get("false_alarm_rate")
+    if measured is None or asked is None:
+        return text
+    return (
+        f"{text}. It flags {percent(measured)} % of {results.id_data.rows} in-distribution test "
+        f"rows; asked for were {100 * asked:g} %."
+    )
+
+
+def _example(results: Results) -> str:
+    """An OOD set of a benchmark, as the command line takes it."""
+    return json.dumps(results.configuration["ood"][results.ood_data[0].name])
+
+
+def _accuracy(folder: Path) -> str:
+    """The last row of a run's metrics, in words."""
+    with (folder / "metrics.csv").open(encoding="utf-8", newline="") as file:
+        last = list(csv.DictReader(file))[-1]
+    told = [f"{int(last['epoch']) + 1} epochs"]
+    for name, word in (("accuracy", "accuracy"), ("validation/accuracy", "on validation rows")):
+        if last.get(name):
+            told.append(f"{word} {percent(float(last[name]))} %")
+    return ", ".join(told)
+
+
+def _rows_of(detector: Detector) -> str:
+    fitting = detector.fitting
+    assert fitting is not None
+    held = f" and {fitting.held_rows} held out" if fitting.held_rows else ""
+    return f"{fitting.rows} rows{held}"
+
+
+def _threshold(detector: Detector) -> str:
+    calibration, rate = detector.calibration, detector.false_alarm_rate
+    if calibration is None or rate is None:
+        return "no rows to calibrate on, so no threshold"
+    return (
+        f"flags scores below {calibration.threshold(rate):.6g}, a false-alarm rate of {rate:g} "
+        f"from {len(calibration)} rows"
+    )

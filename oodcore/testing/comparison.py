@@ -60,7 +60,7 @@ def copied(value: Any) -> dict[str, Tensor]:
 
 
 def written(value: Any) -> dict[str, Tensor]:
-    """How often torch wrote to each tensor inside a value: what changed nothing here may elsewhere."""
+    """How often torch wrote to each tensor inside: what changed nothing here may elsewhere."""
     return {name: torch.tensor(tensor._version) for name, tensor in tensors(value).items()}
 
 

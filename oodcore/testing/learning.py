@@ -41,7 +41,14 @@ def state(subject: Subject) -> None:
         legal(one)
     expected = subject.outputs(made, made.tested, learnt)
     kept = copied(learnt)
-    subject.outputs(made, made.tested, subject.fit(made, made.other))
+    other = subject.fit(made, made.other)
+    if changed(kept, tensors(other)) and not changed(
+        expected, subject.outputs(made, made.tested, other)
+    ):
+        raise AssertionError(
+            "fitted on other rows it has another state, and gives the same: what is learnt is not "
+            "used, or it remembers what it was fitted on first"
+        )
     if where := changed(kept, tensors(learnt)):
         raise AssertionError(f"fitting on other rows changes what was learnt before: {where}")
     if where := apart(subject.outputs(made, made.tested, learnt), expected, SAME):
@@ -147,10 +154,11 @@ def refit(subject: Subject) -> None:
         fresh = subject.detector(made).fit(labelled(made.train)).ready()
         detector.fit(labelled(made.other))
         again = detector.fit(labelled(made.train)).ready()
-    expected = subject.outputs(made, made.tested, fresh)
-    if where := apart(subject.outputs(made, made.tested, again), expected, SAME):
+    expected = {**tensors(fresh), **subject.outputs(made, made.tested, fresh)}
+    given = {**tensors(again), **subject.outputs(made, made.tested, again)}
+    if where := apart(given, expected, SAME):
         raise AssertionError(
-            f"fitted for the second time, it gives something else than fitted once: {where}; begin "
+            f"fitted for the second time, it is something else than fitted once: {where}; begin "
             "each fit with nothing"
         )
 

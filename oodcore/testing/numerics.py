@@ -69,6 +69,8 @@ def gradient(subject: Subject) -> None:
         found = torch.zeros_like(rows)
     if not bool(torch.isfinite(found).all()):
         raise AssertionError(f"its gradient is not finite{_cure(claims)}")
+    if claims and not bool(found.any()) and bool((centre != centre[0]).any()):
+        raise AssertionError(f"its gradient is zero everywhere, it is not constant{_cure(claims)}")
     if claims and int(smooth.sum()) * 2 < len(rows):
         raise AssertionError(
             f"it jumps or has a kink near {len(rows) - int(smooth.sum())} of {len(rows)} rows"

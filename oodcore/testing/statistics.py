@@ -225,13 +225,12 @@ def pure(summary: Summary) -> None:
         raise AssertionError(f"the same rows give another summary the second time: {where}")
 
 
-def cuda(summary: Summary) -> None:
+def cuda(summary: Summary, device: str = "cuda") -> None:
     """On a GPU it gives the summary that it gives on the CPU."""
-    here, there = summary.features(), summary.features(device="cuda")
-    if where := apart(
-        summary.view(summary.state(_split(there, 50))), summary.view(summary.state([here])), 1e-5
-    ):
-        raise AssertionError(f"it gives another summary on a GPU than on the CPU: {where}")
+    here, there = summary.features(), summary.features(device=device)
+    given = summary.view(summary.state(_split(there, 50)))
+    if where := apart(given, summary.view(summary.state([here])), summary.tolerance):
+        raise AssertionError(f"it gives another summary on {device} than on the CPU: {where}")
 
 
 LAWS: dict[str, Law[Summary]] = {

@@ -506,6 +506,15 @@ def test_registering_by_hand_is_all_or_nothing(shelf):
     assert list(registry.all("source")) == ["one", "two"]
 
 
+def test_what_failed_may_be_tried_again(shelf):
+    registry, _ = loaded()
+    plugin = Bring(source("one"))
+    with registry.using(Bring(source("one"))), pytest.raises(PluginError, match="has brought"):
+        registry.register(plugin)
+    registry.register(plugin)
+    assert list(registry.all("source")) == ["one"]
+
+
 def test_the_same_object_is_not_registered_twice(shelf):
     registry, _ = loaded()
     plugin = Bring(source("one"))

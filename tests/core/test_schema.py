@@ -28,6 +28,7 @@ from oodcore.regularizer import Regularizer
 from oodcore.schema import schema
 from oodcore.scorer import Scorer
 from oodcore.statistics import Statistic
+from oodcore.training_config import TrainingConfig
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 
@@ -317,7 +318,7 @@ FULL: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("target", ["detector", "benchmark"])
+@pytest.mark.parametrize("target", ["detector", "benchmark", "training"])
 def test_it_is_a_json_schema(target):
     found = schema(target)
     Draft202012Validator.check_schema(found)
@@ -326,7 +327,7 @@ def test_it_is_a_json_schema(target):
     assert "x-slot" not in json.dumps(found)
 
 
-@pytest.mark.parametrize("target", ["detector", "benchmark"])
+@pytest.mark.parametrize("target", ["detector", "benchmark", "training"])
 def test_every_reference_leads_somewhere(target):
     found = schema(target)
 
@@ -443,6 +444,27 @@ def test_whole_benchmarks_are_judged_alike():
     installed = {**benchmark, "scorers": "installed"}
     assert verdict(TypeAdapter(BenchmarkConfig), installed) == "accepted"
     assert validator.is_valid(installed)
+
+
+def test_whole_training_runs_are_judged_alike():
+    training = {
+        "network": {"factory": "a:b", "arguments": {"width": 3}},
+        "train": "digits",
+        "epochs": 3,
+        "classes": 3,
+        "optimizer": {"kind": "sgd", "lr": 0.1, "momentum": 0.5},
+        "schedule": {"kind": "step", "warmup": 1, "milestones": [1]},
+        "regularizers": [],
+        "preprocess": {"size": 3},
+        "device": "cpu",
+    }
+    validator = Draft202012Validator(schema("training"))
+    count = compare(TypeAdapter(TrainingConfig), validator, mutations(training))
+    assert count["accepted"] > 50
+    assert count["refused"] > 500
+    alone = [{**training, "schedule": kind} for kind in ("cosine", "step", "cosin", ["cosine"])]
+    compare(TypeAdapter(TrainingConfig), validator, alone)
+    assert validator.is_valid(alone[0])
 
 
 def test_a_slot_without_kinds_takes_nothing(monkeypatch):
