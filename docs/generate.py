@@ -7,6 +7,7 @@ are in ``PARTS``. ``python docs/generate.py`` rewrites them all, ``--check`` onl
 from __future__ import annotations
 
 import argparse
+import ast
 import inspect
 import io
 import json
@@ -135,6 +136,18 @@ def hooks() -> str:
             f"{_markdown(text)} The class is `{home}`."
         )
     return "\n\n".join(sections)
+
+
+def house() -> str:
+    """Every room of the core, and what it is for."""
+    import oodcore
+
+    lines = []
+    for path in sorted(Path(oodcore.__path__[0]).rglob("*.py")):
+        text = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
+        name = path.relative_to(Path(oodcore.__path__[0]).parent).as_posix()
+        lines.append([f"`{name}`", _markdown(text.split("\n\n")[0]).rstrip(".")])
+    return table(["file", "what it is for"], lines)
 
 
 def commands() -> str:
@@ -300,6 +313,7 @@ PARTS: dict[str, Callable[..., str]] = {
     "metrics": metrics,
     "hooks": hooks,
     "commands": commands,
+    "house": house,
 }
 
 if __name__ == "__main__":

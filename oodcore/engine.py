@@ -120,6 +120,7 @@ class Engine:
         own = self._forward_all()
         for kind in self._steps:
             self._put("criterion", kind)
+        self._put("criterion")
         terms = {"classification": self.criterion(own, self._labels).mean()}
         total = terms["classification"]
         for part in self.regularizers:
@@ -225,6 +226,7 @@ class Engine:
                 saved[part.kind] = _all_ranks(self.run, own) if part.per_rank else own
         return {
             "index": self.index,
+            "rows": self.run.rows,
             "world": self.run.world,
             "history": self.history,
             "sums": _all_ranks(self.run, self._sums),
@@ -235,12 +237,18 @@ class Engine:
         """Go on where another engine stood.
 
         Raises:
-            ConfigurationError: it stood on another number of processes.
+            ConfigurationError: it had another number of processes.
+            DataError: it had another number of training rows.
         """
         if saved["world"] != self.run.world:
             raise ConfigurationError(
                 f"the run was interrupted on {saved['world']} process(es) and cannot be resumed on "
                 f"{self.run.world}"
+            )
+        if saved["rows"] != self.run.rows:
+            raise DataError(
+                f"the run was interrupted on {saved['rows']} training rows and cannot be resumed "
+                f"on {self.run.rows}; bring the data back, or start again with overwrite=True"
             )
         self.index, self.history = saved["index"], saved["history"]
         sums = saved["sums"][self.run.rank]
@@ -274,11 +282,10 @@ class Engine:
             )
 
     def _put(self, phase: str, kind: str = "", rank: int | None = None) -> None:
-        rank = self.run.rank if rank is None else rank
-        where = place(self.run.seed, phase, kind, self.index, rank)
-        put_global(self.run.device, where)
+        where = phase, kind, self.index, self.run.rank if rank is None else rank
+        put_global(self.run.device, place(self.run.seed, "global", *where))
         if kind:
-            self._generators[kind].manual_seed(where)
+            self._generators[kind].manual_seed(place(self.run.seed, *where))
 
     def _add(self, name: str, value: Tensor | float, count: int) -> None:
         number = torch.as_tensor(value, dtype=torch.float64, device=self.run.device).detach()

@@ -123,6 +123,8 @@ class Overview:
             "In percent. AUROC and AUPR: higher is better; FPR95: lower is better; ID or OOD is "
             "the positive class."
         ]
+        if len(results.ood_data) == 1:
+            lines.append(f"The OOD set is {results.ood_data[0].name}.")
         asked = results.configuration.get("false_alarm_rate")
         if asked is not None:
             lines.append(
@@ -152,9 +154,9 @@ def _grid(chunk: Sequence[_Numbers], first: int, *, header: bool) -> Table:
 
 def _over_sets(results: Results) -> list[_Numbers]:
     """The mean of every metric over all OOD sets, and the false alarms."""
-    only = results.ood_data[0].name if len(results.ood_data) == 1 else "mean"
+    mean = ["mean"] if len(results.ood_data) > 1 else []
     means = [
-        _Numbers(Column("mean", metric, MEAN, ALL), (only, *_title(metric)))
+        _Numbers(Column("mean", metric, MEAN, ALL), (*mean, *_title(metric)))
         for metric in SEPARATION
     ]
     alarms = [c for c in columns(results) if c.metric == "false_alarm_rate"]

@@ -14,6 +14,7 @@ from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from oodcore.capture import submodule
 from oodcore.component import Component
 from oodcore.data import Batch
 from oodcore.discovery import head_of
@@ -68,6 +69,9 @@ class TrainModel(nn.Module):
 
     ``head`` reads and replaces that module in place. Each module in ``branches`` is applied to the
     embeddings ``[N, D]``; its output is the layer of the same name in the features.
+
+    Raises:
+        ConfigurationError: the network has no such submodule.
     """
 
     def __init__(self, network: nn.Module, head: str) -> None:
@@ -75,11 +79,12 @@ class TrainModel(nn.Module):
         self.network = network
         self.branches = nn.ModuleDict()
         self.head_name = head
+        submodule(network, head)
 
     @property
     def head(self) -> nn.Module:
         """The module that turns embeddings into logits."""
-        return self.network.get_submodule(self.head_name)
+        return submodule(self.network, self.head_name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "head":

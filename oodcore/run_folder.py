@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from oodcore.component import Settings
 from oodcore.engine import prepare_model, taking_part
 from oodcore.errors import ArtifactError
 from oodcore.messages import explain
@@ -27,7 +28,25 @@ from oodcore.training_config import Blueprint, TrainingConfig
 SCHEMA = 1
 CONFIG, RECORD, METRICS = "config.json", "run.json", "metrics.csv"
 WEIGHTS, CHECKPOINTS = "model.safetensors", "checkpoints"
-SHAPE = ("classes", "width", "input_shape", "rows", "epochs", "steps_per_epoch", "seed")
+
+
+class _Seal(Settings):
+    """What a finished run's record must say for its model to be made again."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    classes: PositiveInt
+    width: PositiveInt
+    input_shape: tuple[PositiveInt, ...]
+    rows: PositiveInt
+    epochs: PositiveInt
+    steps_per_epoch: PositiveInt
+    seed: NonNegativeInt
+    head: str
+    fingerprint: str
+
+
+SHAPE = tuple(name for name in _Seal.model_fields if name not in ("head", "fingerprint"))
 """The fields of a Run that a finished run records."""
 
 
@@ -143,19 +162,20 @@ class RunFolder:
         Raises:
             ArtifactError: no finished run, a file that is damaged or of another schema, or weights
                 that do not fit the network.
+            ConfigurationError: the factory cannot be imported or called, or its network has lost
+                the head.
         """
         if not self.finished:
             what = "a run that did not finish" if self.started else "no training run"
             raise ArtifactError(f"{self.path} holds {what}; run.json is missing")
-        record, blueprint = self._record(), self.blueprint()
+        seal, blueprint = self._seal(), self.blueprint()
         weights = self.path / WEIGHTS
-        if hashlib.sha256(weights.read_bytes()).hexdigest() != record["fingerprint"]:
+        if hashlib.sha256(weights.read_bytes()).hexdigest() != seal.fingerprint:
             raise ArtifactError(f"{weights} is not the file that the run wrote; it is damaged")
-        seed = record["seed"]
-        model = TrainModel(blueprint.network.build(seed), record["head"])
-        fields = {name: record[name] for name in SHAPE}
-        run = Run(model=model, **{**fields, "input_shape": tuple(fields["input_shape"])})
-        prepare_model(run, taking_part(blueprint.regularizers))
+        model = TrainModel(blueprint.network.build(seal.seed), seal.head)
+        run = Run(model=model, **{name: getattr(seal, name) for name in SHAPE})
+        with torch.random.fork_rng(devices=[]):
+            prepare_model(run, taking_part(blueprint.regularizers))
         try:
             run.model.load_state_dict(load_file(weights))
         except (RuntimeError, SafetensorError) as error:
@@ -199,16 +219,17 @@ class RunFolder:
                 f"{self.path} cannot be resumed with another configuration: {shown}"
             )
 
-    def _record(self) -> dict[str, Any]:
+    def _seal(self) -> _Seal:
         record = self._read(RECORD)
         if record.get("schema") != SCHEMA:
             raise ArtifactError(
                 f"{self.path / RECORD} has schema {record.get('schema')}, and this oodcore reads "
                 f"{SCHEMA}; update oodcore"
             )
-        if missing := {*SHAPE, "head", "fingerprint"} - record.keys():
-            raise ArtifactError(f"{self.path / RECORD} lacks {', '.join(sorted(missing))}")
-        return record
+        try:
+            return _Seal.model_validate(record)
+        except ValidationError as error:
+            raise ArtifactError(explain(error, at=str(self.path / RECORD))) from None
 
     def _read(self, name: str) -> dict[str, Any]:
         try:

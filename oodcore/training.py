@@ -44,7 +44,8 @@ def train(
 
     The folder holds ``config.json``, ``metrics.csv`` (a row an epoch), ``model.safetensors`` and
     ``run.json``; and ``checkpoints/`` until the run is done. A run that was killed at any step and
-    is called again with ``resume`` ends with the same weights, bit for bit, on the same machine.
+    is called again with ``resume`` ends with the same weights: bit for bit on a CPU, and on a GPU
+    as far as its kernels repeat themselves.
 
     The loop is Lightning's. Under ``torchrun`` the processes train together, each on its share of
     every batch. Global random generators are afterwards as they were.
@@ -75,7 +76,7 @@ def train(
     drive = _lightning().drive
     folder = RunFolder(Path(out))
     device, rank, world = _place(config)
-    with _processes(device, world), _generators(device), torch.enable_grad():
+    with _processes(device, world), _own_torch(device):
         if rank == 0:
             folder.start(config, resume=resume, overwrite=overwrite)
         _barrier(world)
@@ -164,9 +165,16 @@ def _barrier(world: int) -> None:
 
 
 @contextmanager
-def _generators(device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
+def _own_torch(device: torch.device) -> Iterator[None]:
+    """Gradients, generators and kernels as a run wants them; afterwards as they were."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
+            yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before
 
 
 def _assembled(

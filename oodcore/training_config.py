@@ -20,6 +20,7 @@ from pydantic_core import CoreSchema, PydanticCustomError
 from torch import nn
 
 from oodcore import factory
+from oodcore.capture import unwrapped
 from oodcore.component import FilePath, Settings, Slot
 from oodcore.data import Source
 from oodcore.factory import Arguments, Importable
@@ -45,12 +46,12 @@ class NetworkConfig(Settings):
     weights: FilePath | None = None
 
     def build(self, seed: int) -> nn.Module:
-        """The network with random weights, on the CPU; the global generator is left alone.
+        """The network with random weights, on the CPU, out of any compiled or parallel wrapper.
 
         Raises:
             ConfigurationError: the factory cannot be imported or called, or gives no module.
         """
-        return factory.network(self.factory, self.arguments, seed)
+        return unwrapped(factory.network(self.factory, self.arguments, seed))
 
 
 class OptimizerConfig(Settings):
@@ -177,7 +178,8 @@ class Blueprint(Settings):
                 "regularizers: {kinds} is there more than once; a run has each kind at most once",
                 {"kinds": ", ".join(twice)},
             )
-        replacing = [part.kind for part in self.regularizers if part.replaces_loss]
+        acting = [part for part in self.regularizers if part.weight]
+        replacing = [part.kind for part in acting if part.replaces_loss]
         if len(replacing) > 1:
             raise PydanticCustomError(
                 "replaces_loss",
@@ -192,7 +194,6 @@ class TrainingConfig(Blueprint):
     """A training run.
 
     Args:
-        network, preprocess, regularizers: see ``Blueprint``.
         train: the labelled rows to train on.
         validation: labelled rows on which accuracy and cross-entropy are measured after each epoch.
         outliers: rows for the regularizers that need some.
@@ -232,7 +233,8 @@ class TrainingConfig(Blueprint):
                 "schedule.warmup of {warmup} epochs leaves nothing of {epochs} epochs",
                 {"warmup": self.schedule.warmup, "epochs": self.epochs},
             )
-        needy = sorted(part.kind for part in self.regularizers if part.needs_outliers)
+        acting = [part for part in self.regularizers if part.weight]
+        needy = sorted(part.kind for part in acting if part.needs_outliers)
         if needy and self.outliers is None:
             raise PydanticCustomError(
                 "no_outliers",

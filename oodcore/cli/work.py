@@ -259,7 +259,8 @@ def _one_thread() -> Iterator[None]:
 def _verdict(results: Results) -> str:
     """The best detector, and how its false alarms compare with what was asked for."""
     name = results.best()
-    text = f"Best: {name}, mean AUROC {percent(results.mean(name, 'auroc'))} %"
+    mean = "mean AUROC" if len(results.ood_data) > 1 else "AUROC"
+    text = f"Best: {name}, {mean} {percent(results.mean(name, 'auroc'))} %"
     measured = results.value(name, "false_alarm_rate", results.id_data.name)
     asked = results.configuration.get("false_alarm_rate")
     if measured is None or asked is None:

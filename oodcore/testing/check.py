@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
+import torch
 from pydantic import ValidationError
 
 from oodcore.component import Component
@@ -43,7 +44,7 @@ class Check:
 
     def __call__(self) -> None:
         who = f"{self.component.slot} '{type(self.component).kind}', {self.name}"
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _one_thread():
             # What a component warns of (few rows, a constant score) is meant for its users.
             warnings.simplefilter("ignore", UserWarning)
             try:
@@ -52,6 +53,17 @@ class Check:
                 raise AssertionError(f"{who}: {error}") from error
             except Exception as error:
                 raise AssertionError(f"{who}: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Within it, torch computes in one thread: sums are repeatable, and small tensors fast."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def checks_of(

@@ -128,29 +128,28 @@ def terms(part: Regularizer) -> None:
 
 def discreet(part: Regularizer) -> None:
     """``before`` and ``after`` touch their own state alone, and no global generator."""
-    exercise, step, state = _begun(part)
-    model, given = exercise.run.model, _given(step)
-    weights = _parameters(model)
-    modes = [module.training for module in model.modules()]
-    rows = _quietly("before", step, partial(part.before, step, state))
-    _no_gradients("before", exercise)
-    if rows is not None and rows.shape[1:] != step.inputs.shape[1:]:
-        raise AssertionError(
-            f"before gives rows of shape {list(rows.shape[1:])}, and those of the batch are "
-            f"{list(step.inputs.shape[1:])}: they cannot join the forward"
-        )
-    exercise.total()
-    step.features = step.features.detach()
-    step.extra = None if step.extra is None else step.extra.detach()
-    _quietly("after", step, partial(part.after, step, state))
-    if where := changed(given, _given(step)):
-        raise AssertionError(f"it changes the batch, in place: {where}")
-    if where := changed(weights, _parameters(model)):
-        raise AssertionError(
-            f"it changes the network's {where}; finish may, and the optimizer does"
-        )
-    if modes != [module.training for module in model.modules()]:
-        raise AssertionError("it leaves modules of the network in another mode (train or eval)")
+    for steps in (0, Plan().steps_per_epoch + 1):
+        exercise, step, state = _begun(part, steps)
+        model, given = exercise.run.model, _given(step)
+        weights = _parameters(model)
+        rows = _quietly("before", step, partial(part.before, step, state))
+        _no_gradients("before", exercise)
+        if rows is not None and rows.shape[1:] != step.inputs.shape[1:]:
+            raise AssertionError(
+                f"before gives rows of shape {list(rows.shape[1:])}, and those of the batch are "
+                f"{list(step.inputs.shape[1:])}: they cannot join the forward"
+            )
+        exercise.total()
+        step.features = step.features.detach()
+        step.extra = None if step.extra is None else step.extra.detach()
+        _quietly("after", step, partial(part.after, step, state))
+        if where := changed(given, _given(step)):
+            raise AssertionError(f"it changes the batch, in place: {where}")
+        if where := changed(weights, _parameters(model)):
+            raise AssertionError(f"it changes the network's {where}; only finish may")
+        modes = [module.training for module in Exercise([part]).run.model.modules()]
+        if modes != [module.training for module in model.modules()]:
+            raise AssertionError("it leaves the network in another mode (train or eval)")
 
 
 def schedules(part: Regularizer) -> None:
@@ -199,9 +198,9 @@ def reloads(part: Regularizer) -> None:
     """The trained model is made again by ``prepare_model`` and its weights."""
     exercise = Exercise([part]).advance()
     trained = exercise.run.model.eval()
-    fresh = TrainModel(Classifier(exercise.plan.classes), "head")
-    again = Run(**{**vars(exercise.run), "model": fresh})
     with torch.random.fork_rng(devices=[]):
+        fresh = TrainModel(Classifier(exercise.plan.classes), "head")
+        again = Run(**{**vars(exercise.run), "model": fresh})
         prepare_model(again, [part])
     try:
         again.model.load_state_dict(trained.state_dict())
@@ -275,10 +274,11 @@ def check_regularizer(regularizer: Any) -> None:
     examine(regularizer_checks(regularizer))
 
 
-def _begun(part: Regularizer) -> tuple[Exercise, Step, Any]:
-    """A run in its second epoch, whose next batch was begun; the regularizer's step and state."""
+def _begun(part: Regularizer, steps: int | None = None) -> tuple[Exercise, Step, Any]:
+    """A run whose next batch was begun, in its second epoch where ``steps`` does not say otherwise;
+    the regularizer's step and state."""
     exercise = Exercise([part])
-    exercise.advance(exercise.plan.steps_per_epoch + 1)
+    exercise.advance(exercise.plan.steps_per_epoch + 1 if steps is None else steps)
     exercise.optimizer.zero_grad()
     exercise.begin()
     if part.kind not in exercise.engine.states:

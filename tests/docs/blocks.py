@@ -25,6 +25,7 @@ FENCE = re.compile(
     re.DOTALL | re.MULTILINE,
 )
 NOTE = re.compile(r"<!-- (.*?) -->", re.DOTALL)
+NUMBER = re.compile(r"[-+]?\d+(?:\.\d*)?(?:e[-+]?\d+)?")
 ELSEWHERE = ("pip", "git", "make", "cd", "python", "pytest", "torchrun")
 """Programs that examples may call, and that no test of the documentation runs."""
 
@@ -38,8 +39,8 @@ class Block:
         language: the first word after the fence; ``output`` is what the block before it prints.
         title: the file that it is the content of, or "".
         text: without the fence and its indentation.
-        notes: the comments right above it: ``not run: why``, or ``varies`` for output whose numbers
-            differ between machines.
+        notes: the comments right above it: ``not run: why``; ``varies`` for output whose numbers
+            differ between machines; ``wrong on purpose`` for a configuration that is refused.
     """
 
     where: str
@@ -93,7 +94,7 @@ def run_page(page: Path, given: Mapping[str, Any]) -> None:
             _run_python(block, said, names)
         elif block.language in ("sh", "console"):
             _run_commands(block)
-        elif block.language == "yaml":
+        elif block.language == "yaml" and "wrong on purpose" not in block.notes:
             _validate(block)
         elif block.language == "json":
             json.loads(block.text)
@@ -116,9 +117,12 @@ def _run_python(block: Block, said: Block | None, names: dict[str, Any]) -> None
 
 
 def _run_commands(block: Block) -> None:
-    """Run the lines that call oodcore; in a ``console`` what follows a command is what it says."""
+    """Run the lines that call oodcore; in a ``console`` what follows a command is what it says.
+
+    What goes to a file on the page (``> file``) goes nowhere.
+    """
     for command, said in _commands(block):
-        program, *arguments = shlex.split(command, comments=True)
+        program, *arguments = shlex.split(command.partition(" > ")[0], comments=True)
         if program != "oodcore":
             assert program in ELSEWHERE, f"{block.where}: {program} is not a known program"
             continue
@@ -148,19 +152,21 @@ def _commands(block: Block) -> Iterator[tuple[str, str]]:
 def _compare(block: Block, printed: str, said: Block | None) -> None:
     """What was printed is what the page says, up to white space.
 
-    A line ``...`` on the page stands for any text; where output varies, numbers are not compared.
+    ``...`` on the page stands for any text; where output varies, numbers are not compared.
     """
     if said is None:
         return
-    wanted, given = said.text, printed
+    wanted, given = _words(said.text), _words(printed)
     if "varies" in said.notes:
-        wanted, given = (
-            re.sub(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?", "0", t) for t in (wanted, given)
-        )
-    parts = [" ".join(part.split()) for part in re.split(r"^ *\.\.\.$", wanted, flags=re.MULTILINE)]
-    pattern = r".*?".join(re.escape(part) for part in parts)
-    if not re.fullmatch(rf"\s*{pattern}\s*", " ".join(given.split()), re.DOTALL):
+        wanted, given = NUMBER.sub("0", wanted), NUMBER.sub("0", given)
+    pattern = ".*?".join(re.escape(part) for part in wanted.split("..."))
+    if not re.fullmatch(pattern, given):
         raise AssertionError(f"{block.where} prints\n{printed}\nand the page says\n{said.text}")
+
+
+def _words(text: str) -> str:
+    """A text without line breaks and indentation, also those inside printed arrays."""
+    return re.sub(r"(?<=\[) +| +(?=\])", "", " ".join(text.split()))
 
 
 def _validate(block: Block) -> None:

@@ -1,0 +1,112 @@
+"""Every scorer, shaper, statistic and regularizer that oodcore brings keeps the laws of the kit.
+
+What is registered is examined by its kind alone. A component with required fields, or one about
+which the toy problem says nothing, has its examples in ``EXAMPLES``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from oodcore import registry
+from oodcore.errors import ConfigurationError
+from oodcore.testing import (
+    Check,
+    regularizer_checks,
+    scorer_checks,
+    shaper_checks,
+    statistic_checks,
+)
+
+KIT: Mapping[str, Callable[..., list[Check]]] = {
+    "scorer": scorer_checks,
+    "shaper": shaper_checks,
+    "statistic": statistic_checks,
+    "regularizer": regularizer_checks,
+}
+
+
+@dataclass(frozen=True)
+class Example:
+    """Fields to examine a component with, and what the kit is told besides."""
+
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def fields(**values: Any) -> Example:
+    return Example(values)
+
+
+EXAMPLES: Mapping[tuple[str, str], tuple[Example, ...]] = {
+    ("scorer", "perturbed"): (
+        fields(scorer="msp"),
+        fields(scorer="mahalanobis", epsilon=0.01),
+        fields(scorer={"kind": "sum", "scorers": ["msp", "energy"], "normalize": "zscore"}),
+    ),
+    ("scorer", "sum"): (
+        fields(scorers=["msp", "energy"]),
+        fields(scorers=["msp", "energy"], normalize="mean", weights=[0.5, 2]),
+        fields(scorers=["mahalanobis", "max_norm"], normalize="zscore"),
+        fields(scorers=["mahalanobis", "energy"], normalize="ecdf"),
+    ),
+    ("scorer", "dml"): (fields(), fields(lam=2.0)),
+    ("scorer", "knn"): (fields(), fields(k=3, normalize=False)),
+    ("statistic", "sample"): (
+        fields(capacity=20),
+        fields(capacity=5, per_class=True),
+        fields(fraction=0.2, fields=["logits"]),
+    ),
+    ("statistic", "bank"): (fields(), fields(fields=["embeddings", "logits"])),
+    ("statistic", "normalized"): (fields(statistic="class_moments"),),
+    ("statistic", "at_layer"): (
+        fields(layer="block.1", statistic="class_moments"),
+        fields(layer="block.1", statistic="norm_moments", pool="flatten"),
+    ),
+}
+
+
+def kinds() -> Iterator[tuple[str, str]]:
+    """Slot and kind of everything that oodcore itself brings and the kit can examine."""
+    for slot in KIT:
+        for kind, cls in registry.all(slot).items():
+            owner = registry.owner(cls)
+            if owner is not None and owner.distribution == "oodcore":
+                yield slot, kind
+
+
+def checks() -> Iterator[Any]:
+    for slot, kind in kinds():
+        for example in EXAMPLES.get((slot, kind), (Example(),)):
+            try:
+                component = registry.build(slot, {"kind": kind, **example.fields})
+            except ConfigurationError as error:
+                yield pytest.param(unexampled(kind, error), id=f"{slot}-{kind}")
+            else:
+                yield from KIT[slot](component, **example.options)
+
+
+def unexampled(kind: str, error: ConfigurationError) -> Callable[[], None]:
+    def check() -> None:
+        pytest.fail(f"'{kind}' cannot be built from its example; add one to EXAMPLES: {error}")
+
+    return check
+
+
+@pytest.mark.parametrize("check", list(checks()))
+def test_conformance(check):
+    check()
+
+
+@pytest.mark.parametrize(("slot", "kind"), list(EXAMPLES))
+def test_every_example_is_of_something_that_is_there(slot, kind):
+    assert (slot, kind) in set(kinds())
+
+
+@pytest.mark.parametrize("slot", list(KIT))
+def test_there_is_something_to_examine(slot):
+    assert slot in {slot for slot, _ in kinds()}
