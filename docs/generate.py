@@ -1,19 +1,22 @@
 """Writes the parts of the documentation that the code knows best, and checks that they are current.
 
-A page has them between two comments, ``<!-- begin: NAME -->`` and ``<!-- end: NAME -->``; the names
-are in ``PARTS``. ``python docs/generate.py`` rewrites them all, ``--check`` only says which differ.
+A page has them between two comments, ``<!-- begin: NAME arguments -->`` and ``<!-- end: NAME -->``;
+the names are in ``PARTS``. ``python docs/generate.py`` rewrites them all, with ``--check`` it only
+says which pages differ.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import html
 import inspect
 import io
 import json
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
@@ -32,7 +35,7 @@ HEADINGS = {
 """The slots in the order in which a reader wants them."""
 LEARNING = ("scorer", "shaper")
 """The slots whose components say what they read and learn from."""
-_PART = re.compile(r"(<!-- begin: (.+?) -->\n)(.*?)(<!-- end: \2 -->)", re.DOTALL)
+_PART = re.compile(r"(<!-- begin: (\w+)([^>]*?)\s-->\n)(.*?)(<!-- end: \2 -->)", re.DOTALL)
 
 
 def main() -> int:
@@ -63,9 +66,8 @@ def filled(page: str) -> str:
     """A page with its generated parts written anew."""
 
     def write(found: re.Match[str]) -> str:
-        name, _, argument = found[2].partition(" ")
-        text = PARTS[name](*argument.split()).strip("\n")
-        return f"{found[1]}\n{text}\n\n{found[4]}"
+        text = PARTS[found[2]](*found[3].split()).strip("\n")
+        return f"{found[1]}\n{text}\n\n{found[5]}"
 
     return _PART.sub(write, page)
 
@@ -138,6 +140,19 @@ def hooks() -> str:
     return "\n\n".join(sections)
 
 
+def api(*targets: str) -> str:
+    """How things (``module:name``) are called, and what their docstrings say."""
+    sections = []
+    for target in targets:
+        module, _, name = target.partition(":")
+        found: Any = import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+        level = "####" if "." in name else "###"
+        sections.append(f"{level} {name}\n\n{called(name, found)}\n\n{document(found)}")
+    return "\n\n".join(sections)
+
+
 def house() -> str:
     """Every room of the core, and what it is for."""
     import oodcore
@@ -168,13 +183,41 @@ def commands() -> str:
 def table(header: list[str], lines: list[list[str]]) -> str:
     """A table in Markdown."""
     rows = [header, ["---"] * len(header), *lines]
-    cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
-    return "".join(f"| {' | '.join(row)} |\n" for row in cells)
+    return "".join(f"| {' | '.join(map(_cell, row))} |\n" for row in rows)
 
 
 def signature(function: Callable[..., Any]) -> str:
     """A function's name and parameters as its file has them."""
     return f"{function.__name__}{inspect.signature(function)}".replace("'", "")
+
+
+def called(name: str, thing: Any) -> str:
+    """How a class or function is called; a property is read."""
+    if isinstance(thing, property):
+        return f"```text\n{name}\n```"
+    parameters = []
+    for one in inspect.signature(thing).parameters.values():
+        if one.name != "self":
+            plain = one.default is None or isinstance(one.default, str | bool | int | float | tuple)
+            default = one.empty if one.default is one.empty else one.default if plain else ...
+            parameters.append(one.replace(annotation=one.empty, default=default))
+    shown = f"{name}{inspect.Signature(parameters)}".replace("=Ellipsis", "=...")
+    hanging = textwrap.wrap(shown, 88, subsequent_indent=" " * (len(name) + 1))
+    return "\n".join(["```text", *hanging, "```"])
+
+
+def document(thing: Any) -> str:
+    """A docstring whose sections (arguments, results, errors) are lists."""
+    parts = re.split(r"^(Args|Returns|Raises):\n", f"{inspect.getdoc(thing) or ''}\n", flags=re.M)
+    text = [_markdown(parts[0].strip())]
+    for title, body in zip(parts[1::2], parts[2::2], strict=True):
+        listed, after = _indented(body)
+        items = [listed] if title == "Returns" else re.split(r"^ {4}(?! )", listed, flags=re.M)
+        lines = [" ".join(item.split()) for item in items if item.strip()]
+        named = [re.sub(r"^([\w, ]+?): ", r"`\1`: ", line) for line in lines]
+        text.append(f"*{title}*\n\n" + "\n".join(f"- {_markdown(line)}" for line in named))
+        text.append(_markdown(after.strip()))
+    return "\n\n".join(part for part in text if part)
 
 
 def built_in(slot: str) -> Mapping[str, Any]:
@@ -195,8 +238,7 @@ def prose(cls: type[Any]) -> tuple[str, str]:
     """What a docstring says before its fields, and after them."""
     text = inspect.cleandoc(cls.__doc__ or "")
     before, _, rest = f"{text}\n".partition("\nArgs:\n")
-    after = re.sub(r"\A(?:(?: {4}.*)?\n)*", "", rest)
-    return _markdown(before.strip()), _markdown(after.strip())
+    return _markdown(before.strip()), _markdown(_indented(rest)[1].strip())
 
 
 def sentence(cls: type[Any]) -> str:
@@ -209,6 +251,15 @@ def sentence(cls: type[Any]) -> str:
 def cited(paper: Any) -> str:
     """A full citation whose title is a link."""
     return f"{paper.authors}. [{paper.title}]({paper.url}). {paper.venue} {paper.year}."
+
+
+def _indented(text: str) -> tuple[str, str]:
+    """The lines at the beginning of a text that are indented or empty, and what comes after."""
+    lines = text.splitlines(keepends=True)
+    end = next(
+        (i for i, line in enumerate(lines) if not line.startswith(("    ", "\n"))), len(lines)
+    )
+    return "".join(lines[:end]), "".join(lines[end:])
 
 
 def _markdown(text: str) -> str:
@@ -226,6 +277,18 @@ def _short_citation(cls: type[Any]) -> str:
         len(others), " et al."
     )
     return f"[{names}, {paper.venue} {paper.year}]({paper.url})"
+
+
+def _cell(text: str) -> str:
+    """A text on one line; a bar in it is written so that every dialect of Markdown shows it."""
+
+    def code(found: re.Match[str]) -> str:
+        if "|" not in found[0]:
+            return found[0]
+        return f"<code>{html.escape(found[2].strip(), quote=False)}</code>"
+
+    text = re.sub(r"(`+)(.+?)\1", code, " ".join(text.split()))
+    return text.replace("|", "&#124;")
 
 
 class _Part:
@@ -314,6 +377,7 @@ PARTS: dict[str, Callable[..., str]] = {
     "hooks": hooks,
     "commands": commands,
     "house": house,
+    "api": api,
 }
 
 if __name__ == "__main__":

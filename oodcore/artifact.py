@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import mmap
 import os
 import re
@@ -29,6 +30,7 @@ MANIFEST_LIMIT = 2**16
 JSON_LIMIT = 16 * 2**20
 HEADER_LIMIT = 4 * 2**20
 DEPTH_LIMIT = 64
+PARTS_LIMIT = 2**18
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -39,8 +41,9 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
-_BRACKETS = re.compile(rb"[\[\]{}]")
+_ESCAPES = re.compile(r"\\.", re.DOTALL)
+_STRINGS = re.compile(r'"[^"]*"')
+_BRACKETS = re.compile(r"[\[\]{}]")
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -62,14 +65,16 @@ def write_artifact(
         ArtifactError: the folder exists and is not to be (or cannot safely be) overwritten.
     """
     folder = folder.absolute()
-    _refuse_to_overwrite(folder, overwrite)
+    refuse_to_overwrite(folder, overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         tensors: dict[str, Tensor | Rows] = {}
         tree = _encoded(packed, "", tensors, {})
         document = {"schema": SCHEMA, "type": kind, **tree}
-        text = json.dumps(document, indent=1, allow_nan=False).encode()
+        plain = json.dumps(document, indent=1, allow_nan=False)
+        _refuse_bombs(plain, FILES[kind])
+        text = plain.encode()
         if len(text) > JSON_LIMIT:
             raise ArtifactError(f"the configuration takes {len(text)} bytes; at most {JSON_LIMIT}")
         files = {
@@ -86,7 +91,8 @@ def write_artifact(
     return folder
 
 
-def _refuse_to_overwrite(folder: Path, overwrite: bool) -> None:
+def refuse_to_overwrite(folder: Path, overwrite: bool) -> None:
+    """Raise an ArtifactError if something is there that is not to be, or cannot be, replaced."""
     if not os.path.lexists(folder):
         return
     if not overwrite:
@@ -155,6 +161,8 @@ def _named(
                 raise ArtifactError(f"{name} holds numbers that are not finite; it is not saved")
         if value.dtype not in _CODES:
             raise ArtifactError(f"{name}: {value.dtype} cannot be saved")
+        if name in tensors:
+            raise ArtifactError(f"two tensors are called '{name}': a name in a state has no dot")
         tensors[name] = value
         seen[key] = name
     return seen[key]
@@ -323,17 +331,36 @@ def _verified(folder: Path, name: str, file: Mapping[str, Any]) -> mmap.mmap | b
     return content
 
 
-def _json(text: bytes, name: str) -> Any:
-    """Strict JSON of bounded depth: no NaN, no key twice."""
-    depth = 0
-    for bracket in _BRACKETS.findall(_STRINGS.sub(b"", text)):
-        depth += 1 if bracket in b"[{" else -1
+def _json(content: bytes, name: str) -> Any:
+    """Strict JSON of bounded depth and size: UTF-8, finite numbers, no key twice."""
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{name} is not UTF-8: {error.reason}") from None
+    _refuse_bombs(text, name)
+    try:
+        value = json.loads(
+            text, object_pairs_hook=_unique, parse_constant=_refused, parse_float=_finite
+        )
+        if "\\u" in text:
+            # Half of a pair of surrogates is no text: it could not even be shown in a message.
+            json.dumps(value, ensure_ascii=False).encode()
+    except ValueError as error:
+        raise ArtifactError(f"{name} is not valid JSON: {str(error)[:200]}") from None
+    return value
+
+
+def _refuse_bombs(text: str, name: str) -> None:
+    """Raise an ArtifactError for what would take long to parse; in one pass, whatever it is."""
+    depth = parts = 0
+    for bracket in _BRACKETS.finditer(_STRINGS.sub("", _ESCAPES.sub("", text))):
+        opens = bracket.group() in "[{"
+        depth += 1 if opens else -1
+        parts += opens
         if depth > DEPTH_LIMIT:
             raise ArtifactError(f"{name} is nested deeper than {DEPTH_LIMIT}")
-    try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_refused)
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{name} is not valid JSON: {str(error)[:200]}") from None
+        if parts > PARTS_LIMIT:
+            raise ArtifactError(f"{name} holds more than {PARTS_LIMIT} lists and mappings")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -345,6 +372,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refused(constant: str) -> Any:
     raise ValueError(f"{constant} is not JSON")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError(f"{digits[:20]} is too large")
+    return value
 
 
 def _tensors(content: mmap.mmap | bytes) -> dict[str, Tensor]:
@@ -390,7 +424,11 @@ def _entry(name: str, entry: Any) -> tuple[torch.dtype, list[int], int, int]:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [-1]
     plain = all(type(n) is int and 0 <= n < 2**62 for n in numbers)
-    if dtype not in DTYPES or not plain or len(shape) > 8 or len(offsets) != 2:
+    # Strides are products of sizes, and must be numbers even where another size is zero.
+    plain = plain and math.prod(max(n, 1) for n in numbers[:-2]) < 2**62
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        plain = False
+    if not plain or len(shape) > 8 or len(offsets) != 2:
         raise ArtifactError(f"{STATE}: '{name}' has an impossible dtype, shape or place")
     return DTYPES[dtype], shape, offsets[0], offsets[1]
 
@@ -405,7 +443,9 @@ def _decoded(value: Any, tensors: Mapping[str, Tensor], used: set[str]) -> Any:
     forms = {"$tensor": {"$tensor"}, "$rows": {"$rows"}}
     forms["$index"] = {"$index", "metric", "factory", "normalized"}
     form = next((name for name in forms if name in value), None)
-    if form is None or value.keys() != forms[form] or value[form] not in tensors:
+    name = None if form is None else value[form]
+    known = isinstance(name, str) and name in tensors
+    if form is None or value.keys() != forms[form] or not known:
         raise ArtifactError(f"a reference that leads nowhere: {str(value)[:100]}")
     used.add(value[form])
     tensor = tensors[value[form]]

@@ -162,7 +162,9 @@ class Stream:
         except TypeError:
             raise DataError(_NOT_DATA.format(type(data).__name__)) from None
         for item in iterator:
-            yield _batch(self._adapt(item) if self._adapt else item)
+            if self._adapt is not None and not isinstance(item, Batch | Features):
+                item = self._adapt(item)
+            yield _batch(item)
 
 
 _NOT_DATA = (
@@ -296,7 +298,11 @@ def _rows(batch: Batch, rows: slice | Tensor) -> Batch:
     def cut(value: Any) -> Any:
         if value is None:
             return None
-        return {k: cut(v) for k, v in value.items()} if isinstance(value, Mapping) else value[rows]
+        if isinstance(value, Mapping):
+            return {name: cut(part) for name, part in value.items()}
+        if isinstance(value, list | tuple) and isinstance(rows, Tensor):
+            return [value[int(row)] for row in rows]
+        return value[rows]
 
     return Batch(cut(batch.inputs), cut(batch.labels), cut(batch.ids))
 
@@ -315,13 +321,14 @@ class Apart:
         data: anything that a Stream reads twice in the same order.
         seed: of the choice.
         inside: whether the tenth, or the rest.
+        options: of the Stream.
     """
 
-    def __init__(self, data: Any, seed: int, *, inside: bool) -> None:
-        self._data, self._seed, self._inside = data, seed, inside
+    def __init__(self, data: Any, seed: int, *, inside: bool, **options: Any) -> None:
+        self._data, self._seed, self._inside, self._options = data, seed, inside, options
 
     def __iter__(self) -> Iterator[Batch | Features]:
-        for batch in Stream(self._data):
+        for batch in Stream(self._data, **self._options):
             assert batch.ids is not None
             rows = (held_out(batch.ids, self._seed) == self._inside).nonzero().flatten()
             if isinstance(batch, Features):

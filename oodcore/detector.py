@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -16,12 +18,14 @@ from oodcore.errors import ConfigurationError, DataError, NotFittedError
 from oodcore.extractor import Extractor, FeatureModel
 from oodcore.features import Features
 from oodcore.fitting import Fitting
-from oodcore.passes import Classes, class_number, fit, fold, place_of, score
+from oodcore.passes import Classes, fit, partial_fit, place_of, score
 from oodcore.plugins import registry
 from oodcore.recipe import Learnt, Recipe
 from oodcore.scorer import Scorer, Shaper, check_recipe
 
 __all__ = ["Detector", "fit", "load"]
+
+Self = TypeVar("Self", bound="Detector")
 
 
 class Detector(Decision):
@@ -60,8 +64,12 @@ class Detector(Decision):
     ) -> None:
         if isinstance(shapers, str | Mapping | Component):
             raise ConfigurationError("shapers is a list: write shapers=[...]")
+        numbers = {"batch_size": batch_size, "num_workers": num_workers, "seed": seed}
+        batch_size, num_workers, seed = (_whole(name, given) for name, given in numbers.items())
         if batch_size < 1:
             raise ConfigurationError(f"batch_size must be at least 1, not {batch_size}")
+        if num_workers < 0:
+            raise ConfigurationError(f"num_workers must be at least 0, not {num_workers}")
         self.recipe = Recipe(
             registry.build("scorer", scorer),  # type: ignore[arg-type]
             tuple(registry.build("shaper", shaper) for shaper in shapers),  # type: ignore[misc]
@@ -76,6 +84,7 @@ class Detector(Decision):
         self.learnt: Learnt | None = None
         self.shape: Mapping[str, Any] = {}
         self.fitting: Fitting | None = None
+        self.fingerprint: str | None = None
         self.name = "detector"
 
     @classmethod
@@ -143,25 +152,7 @@ class Detector(Decision):
             NotFittedError: the detector was loaded without its store.
             DataError: as ``fit``; the detector stays as it was.
         """
-        if self.fitting is not None:
-            fitting = self.fitting.only(self.name)
-        elif self.learnt is None or self.recipe.fixed:
-            fitting = Fitting({self.name: self.recipe}, class_number(classes), held_out is not None)
-        else:
-            raise NotFittedError(
-                "this detector was loaded without its store and cannot go on fitting: save it with "
-                "store=True, or fit again"
-            )
-        if fitting.again():
-            raise ConfigurationError(
-                "partial_fit cannot go on with a scorer with parts measured through the model: "
-                "such a detector is fitted in one call of fit"
-            )
-        if fitting.held_out != (held_out is not None) and self.recipe.holds_out:
-            raise DataError("give held_out= in every call of partial_fit, or in none")
-        self.capture(_layers(self.recipe))
-        fold(fitting, self, data, held_out)
-        self.take(fitting.finish()[self.name], fitting, self.name)
+        partial_fit({self.name: self}, data, held_out, classes=classes)
         return self
 
     def score(self, data: Any) -> Array:
@@ -206,21 +197,62 @@ class Detector(Decision):
             )
         return self.learnt
 
-    def take(self, learnt: Learnt, fitting: Fitting, name: str) -> None:
+    def going_on(self, classes: int | None, held_out: bool) -> Fitting:
+        """A fitting of what was learnt so far, to go on with.
+
+        Raises:
+            NotFittedError: the detector was loaded without its store.
+            ConfigurationError: it passes through the model again to learn.
+            DataError: held-out rows now and not before, or before and not now.
+        """
+        if self.fitting is not None:
+            fitting = self.fitting.only(self.name)
+        elif self.learnt is None or self.recipe.fixed:
+            fitting = Fitting({self.name: self.recipe}, classes, held_out)
+        else:
+            raise NotFittedError(
+                "this detector was loaded without its store and cannot go on fitting: save it with "
+                "store=True, or fit again"
+            )
+        if fitting.again():
+            raise ConfigurationError(
+                "partial_fit cannot go on with a scorer with parts measured through the model: "
+                "such a detector is fitted in one call of fit"
+            )
+        if fitting.held_out != held_out and self.recipe.holds_out:
+            raise DataError("give held_out= in every call of partial_fit, or in none")
+        return fitting
+
+    def take(self, learnt: Learnt, fitting: Fitting, name: str, fingerprint: str | None) -> None:
         """Take over what was learnt in a fitting, under the name it has there."""
         self.learnt, self.fitting, self.name = learnt, fitting, name
-        self.shape = fitting.shape()
+        self.shape, self.fingerprint = fitting.shape(), fingerprint
         self.calibration = self.false_alarm_rate = None
 
-    def capture(self, layers: Sequence[str]) -> None:
-        """Have the model give these layers too."""
+    def adopt(self, other: Detector) -> None:
+        """Be what a copy of this detector has become."""
+        self.__dict__.update(other.__dict__)
+
+    def calibrate(self: Self, data: Any, false_alarm_rate: float = 0.05) -> Self:
+        super().calibrate(data, false_alarm_rate)
+        self.fingerprint = self.fingerprint or self.weights()
+        return self
+
+    def weights(self) -> str | None:
+        """The fingerprint of the model as it is at this moment; None without a model."""
+        return None if self.model is None else self.model.fingerprint()
+
+    def reading(self, layers: Sequence[str]) -> Detector:
+        """A detector to read data with: this one, its model capturing these layers too."""
         model = self.model
+        reader = copy.copy(self)
         if model is not None and not set(layers) <= set(model.layers):
-            self._model = model.with_layers(layers)
+            reader._model = model.with_layers(layers)
+        return reader
 
     def place(self, learnt: Learnt) -> str:
         """The same for detectors that see the same shaped features."""
-        return place_of(self.shapers, learnt.record.get("held_out"), self.fitting)
+        return place_of(self, learnt)
 
     def check_shape(self, features: Features) -> None:
         """Raise a DataError if these are not the kind of features that were fitted on."""
@@ -263,9 +295,11 @@ def load(
     return unpacked(packed, model, frozenset(allow))
 
 
-def _layers(recipe: Recipe) -> list[str]:
-    needs = sorted(recipe.needs(fitting=True))
-    return [need.partition(".")[2] for need in needs if need.startswith("layers.")]
+def _whole(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ConfigurationError(f"{name} must be a whole number, not {value!r}") from None
 
 
 def _modelled(model: Any, device: str) -> tuple[Extractor | None, FeatureModel | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from oodcore.data import Apart, Stream
 from oodcore.decision import Array, Decision
 from oodcore.detector import Detector
 from oodcore.errors import ConfigurationError, DataError, NotFittedError
-from oodcore.passes import Classes, fit, score
+from oodcore.passes import Classes, fit, partial_fit, score
 from oodcore.plugins import registry
+from oodcore.recipe import checked_scores, own
 from oodcore.scorer import Combination
 from oodcore.statistics import State
 
@@ -41,6 +43,11 @@ class Ensemble(Decision):
             )
         if not members:
             raise ConfigurationError("an ensemble needs members")
+        if odd := [name for name, one in members.items() if not isinstance(one, Detector)]:
+            raise ConfigurationError(
+                f"the members of an ensemble are detectors, and '{odd[0]}' is a "
+                f"{type(members[odd[0]]).__name__}"
+            )
         if combination.weights is not None and len(combination.weights) != len(members):
             raise ConfigurationError(
                 f"there are {len(combination.weights)} weights for {len(members)} members"
@@ -56,17 +63,23 @@ class Ensemble(Decision):
         Arguments and errors as in ``Detector.fit``. Where the combination normalises scores, it is
         measured on ``held_out``, or on a tenth of the data that no member is fitted on.
         """
-        rows = data
-        if self.combination.measures and held_out is None:
-            if not Stream(data).repeatable:
+        fresh = {name: copy.copy(member) for name, member in self.members.items()}
+        if not self.combination.measures:
+            fit(fresh, data, held_out, classes=classes)
+            state: State = {}
+        else:
+            rows, apart = self._divided(data, held_out)
+            fit(fresh, rows, apart, classes=classes)
+            scores = _member_scores(fresh, apart)
+            if not len(scores):
                 raise DataError(
-                    "a tenth of this data is to be set apart, and it cannot be read twice in the "
-                    "same order: give a Dataset or arrays, or held_out="
+                    "there are no held-out rows to measure the members' scores on; give held_out= "
+                    "rows, or more data to set a tenth apart from"
                 )
-            rows, held_out = (Apart(data, self.seed, inside=inside) for inside in (False, True))
-        fit(self.members, rows, held_out, classes=classes)
-        if self.combination.measures:
-            self.state = self.combination.finish({}, self._member_scores(held_out), None)
+            state = own(self.combination.finish({}, scores, None), self._who)
+        for name, member in self.members.items():
+            member.adopt(fresh[name])
+        self.state = state
         self.calibration = self.false_alarm_rate = None
         return self
 
@@ -75,13 +88,13 @@ class Ensemble(Decision):
 
         Raises:
             ConfigurationError: the combination normalises scores, which takes all rows at once.
+            NotFittedError, DataError: as ``Detector.partial_fit``; no member is changed then.
         """
         if self.combination.measures:
             raise ConfigurationError(
                 "an ensemble that normalises scores is fitted in one call of fit"
             )
-        for member in self.members.values():
-            member.partial_fit(data, held_out, classes=classes)
+        partial_fit(self.members, data, held_out, classes=classes)
         self.calibration = self.false_alarm_rate = None
         return self
 
@@ -89,9 +102,9 @@ class Ensemble(Decision):
         """The combined score of each row, ``[N]`` float64; higher is more in-distribution."""
         if self.state is None:
             raise NotFittedError("this ensemble normalises scores: call fit first")
-        scores = self._member_scores(data)
-        combined: Tensor = self.combination.combine(self.combination.normalized(scores, self.state))
-        return combined.numpy()
+        scores = _member_scores(self.members, data)
+        combined = self.combination.combine(self.combination.normalized(scores, self.state))
+        return checked_scores(combined, len(scores), self._who).numpy()
 
     def save(self, folder: str | Path, overwrite: bool = False, store: bool = False) -> Path:
         """Write the fitted ensemble to a folder; arguments and errors as in ``Detector.save``."""
@@ -101,6 +114,40 @@ class Ensemble(Decision):
         packed = packed_ensemble(self, store=store)
         return write_artifact(Path(folder), "ensemble", packed, overwrite=overwrite)
 
-    def _member_scores(self, data: Any) -> Tensor:
-        scores = score(self.members, data)
-        return torch.stack([torch.from_numpy(scores[name]) for name in self.members], dim=1)
+    @property
+    def _who(self) -> str:
+        return f"the combination '{self.combination.kind}'"
+
+    def _divided(self, data: Any, held_out: Any) -> tuple[Any, Any]:
+        """The rows to fit members on, and those to measure their scores on."""
+        first, *others = self.members.values()
+        if held_out is not None:
+            if not Stream(held_out, adapt=first.adapt).repeatable:
+                raise DataError(
+                    "the held-out rows are read again to measure the members' scores, and they "
+                    "cannot be read twice in the same order: give a Dataset or arrays"
+                )
+            return data, held_out
+        if any(other.adapt is not first.adapt for other in others):
+            raise ConfigurationError(
+                "members with adapt= of their own read this data differently, so no tenth of it "
+                "can be set apart for all: give held_out= rows"
+            )
+        if not Stream(data, adapt=first.adapt).repeatable:
+            raise DataError(
+                "a tenth of this data is to be set apart, and it cannot be read twice in the "
+                "same order: give a Dataset or arrays, or held_out="
+            )
+        options = {
+            "batch_size": first.batch_size,
+            "num_workers": first.num_workers,
+            "adapt": first.adapt,
+        }
+        rest, tenth = (Apart(data, self.seed, inside=inside, **options) for inside in (False, True))
+        return rest, tenth
+
+
+def _member_scores(members: Mapping[str, Detector], data: Any) -> Tensor:
+    """The scores of the members, ``[N, M]``."""
+    scores = score(members, data)
+    return torch.stack([torch.from_numpy(scores[name]) for name in members], dim=1)

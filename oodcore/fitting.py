@@ -3,83 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from oodcore import data
-from oodcore.component import canonical
-from oodcore.data import HELD_OUT_SHARE
-from oodcore.errors import ConfigurationError, DataError, NotFittedError
-from oodcore.features import Features, check_finite
-from oodcore.recipe import Learnt, Recipe, require, shaped
-from oodcore.scorer import Path, Scorer, depth, needed, put_state, state_at, tree
+from oodcore.errors import ConfigurationError, DataError
+from oodcore.features import Features
+from oodcore.recipe import Learnt, Recipe
+from oodcore.scorer import depth, needed, tree
+from oodcore.selection import HELD_OUT_SHARE
 from oodcore.spool import Spool
-from oodcore.statistics import State, Statistic
-from oodcore.store import FeatureStore, class_count, labelling
+from oodcore.stages import Measuring, Progress
+from oodcore.store import FeatureStore, check_labels, class_count, labelling
 
 Reread = Callable[[bool], Iterator[Features]]
 """``reread(held_out)``: the training rows again (or the held-out ones), with their inputs."""
-
-
-@dataclass
-class _Progress:
-    """How far a recipe has come."""
-
-    recipe: Recipe
-    split: bool
-    shapers: list[State] = field(default_factory=list)
-    scorer: State | None = None
-    measured: set[Path] = field(default_factory=set)
-
-    def statistics(self) -> tuple[Statistic, ...]:
-        """What the next part to be fitted wants to know."""
-        if len(self.shapers) < len(self.recipe.shapers):
-            return self.recipe.shapers[len(self.shapers)].statistics()
-        return tuple(s for _, part in tree(self.recipe.scorer) for s in part.statistics())
-
-    def learn(self, store: FeatureStore) -> None:
-        """Fit the next part."""
-        if len(self.shapers) < len(self.recipe.shapers):
-            self.shapers.append(self.recipe.shapers[len(self.shapers)].fit(store))
-            return
-        self.scorer = {}
-        for path, part in tree(self.recipe.scorer):
-            self.scorer = put_state(self.scorer, path, part.fit(store))
-
-    def to_measure(self) -> list[tuple[Path, Scorer]]:
-        """The parts that can be measured next: everything inside them is finished."""
-        waiting = {
-            path: part
-            for path, part in tree(self.recipe.scorer)
-            if part.measures and path not in self.measured
-        }
-        return [
-            (path, part)
-            for path, part in waiting.items()
-            if not any(other != path and other[: len(path)] == path for other in waiting)
-        ]
-
-    def place(self) -> str:
-        """What decides whether two recipes see the same features and rows at this point."""
-        before = [shaper.dump() for shaper in self.recipe.shapers[: len(self.shapers)]]
-        return canonical([before, self.recipe.seed if self.split else None])
-
-    def apply(self, features: Features) -> Features:
-        """Features as the part that is next in turn sees them."""
-        return shaped(features, self.recipe.shapers[: len(self.shapers)], self.shapers)
-
-    def kept(self, features: Features, *, held_out: bool = False) -> Features:
-        """The rows to fit on, or those set apart."""
-        if not self.split:
-            return features
-        assert features.ids is not None
-        apart = data.held_out(features.ids, self.recipe.seed)
-        rows = (apart == held_out).to(features.device).nonzero().flatten()
-        inputs = None if features.inputs is None else _taken(features.inputs, rows)
-        return replace(features[rows], inputs=inputs, rerun=features.rerun)
 
 
 class Fitting:
@@ -107,9 +46,10 @@ class Fitting:
         self.held_spool: Spool | None = None
         if any(self._later_stages(recipe) for recipe in self.recipes.values()):
             self.spool = Spool()
-            self.held_spool = Spool() if held_out else None
+        if held_out and self.holds_out:
+            self.held_spool = Spool()
         self._example: Features | None = None
-        self._folds: dict[str, tuple[FeatureStore, _Progress]] | None = None
+        self._folds: dict[str, tuple[FeatureStore, Progress]] | None = None
 
     def needs(self) -> frozenset[str]:
         """Every field of Features that fitting reads."""
@@ -118,6 +58,11 @@ class Fitting:
             if not recipe.fixed:
                 names |= recipe.needs(fitting=True)
         return names
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether some part is measured on rows on which no part was fitted."""
+        return any(recipe.holds_out for recipe in self.recipes.values())
 
     def again(self) -> bool:
         """Whether a later stage needs the inputs, so that the data is read more than once."""
@@ -130,9 +75,18 @@ class Fitting:
 
     @torch.no_grad()
     def update(self, features: Features) -> None:
-        """Take in a batch of training rows, float64 and with ids."""
+        """Take in a batch of training rows, float64 and with ids.
+
+        Raises:
+            DataError: a label outside ``0..K-1``, or rows of another kind than those before.
+        """
         if self._example is None:
             self._begin(features)
+        self._refuse_others(features)
+        assert self._example is not None
+        assert self.classes is not None
+        check_labels(features.labels, self.classes, self.rows)
+        features = replace(features, head=self._example.head)
         for key, store, progress in self._first_fold():
             rows = progress.kept(progress.apply(features))
             if len(rows):
@@ -144,9 +98,18 @@ class Fitting:
 
     @torch.no_grad()
     def update_held_out(self, features: Features) -> None:
-        """Take in a batch of held-out rows."""
-        if self.held_spool is not None:
-            self.held_spool.append(features)
+        """Take in a batch of held-out rows, with labels or without.
+
+        Raises:
+            DataError: as ``update``.
+        """
+        if self.held_spool is None:
+            return
+        if self._example is None or self.classes is None:
+            raise DataError("there is no row to fit on before those held out")
+        self._refuse_others(features, labels=False)
+        check_labels(features.labels, self.classes, self.held_rows)
+        self.held_spool.append(replace(features, head=self._example.head))
 
     @torch.no_grad()
     def finish(self, reread: Reread | None = None) -> dict[str, Learnt]:
@@ -171,12 +134,19 @@ class Fitting:
         """The same for one recipe alone, going on apart from this one."""
         other = Fitting({name: self.recipes[name]}, self.classes, self.held_out)
         other.rows, other._example = self.rows, self._example
-        other.stores = {key: store.copy() for key, store in self.stores.items()}
+        progress = other._progress(self.recipes[name])
+        if store := self.stores.get(progress.place()):
+            other.stores = {progress.place(): store.copy(progress.statistics())}
         if other.spool is not None and self.spool is not None:
             other.spool = self.spool.copy()
         if other.held_spool is not None and self.held_spool is not None:
             other.held_spool = self.held_spool.copy()
         return other
+
+    def repeat(self) -> None:
+        """Take in the very first row once more."""
+        assert self._example is not None
+        self.update(self._example)
 
     def packed(self) -> dict[str, Any]:
         """What is needed to go on fitting, in the form that artifacts hold."""
@@ -204,10 +174,13 @@ class Fitting:
             for place, store in zip(packed["places"], packed["stores"].values(), strict=True)
         }
         fitting._example = next(Spool.unpacked(packed["example"]).batches(torch.device("cpu")))
-        if fitting.spool is not None and packed["spool"] is not None:
-            fitting.spool = Spool.unpacked(packed["spool"])
-        if fitting.held_spool is not None and packed["held_spool"] is not None:
-            fitting.held_spool = Spool.unpacked(packed["held_spool"])
+        for name in ("spool", "held_spool"):
+            if (getattr(fitting, name) is None) != (packed[name] is None):
+                raise DataError(f"'{name}' is not what these components need to go on")
+            if packed[name] is not None:
+                setattr(fitting, name, Spool.unpacked(packed[name]))
+        if fitting.spool is not None and len(fitting.spool) != fitting.rows:
+            raise DataError(f"{len(fitting.spool)} rows were set aside, of {fitting.rows}")
         return fitting
 
     @staticmethod
@@ -227,6 +200,9 @@ class Fitting:
             "K": None if rows.logits is None else rows.logits.shape[1],
             "D": None if rows.embeddings is None else rows.embeddings.shape[1],
             "layers": {name: list(value.shape[1:]) for name, value in rows.layers.items()},
+            "types": {
+                name: str(value.dtype).removeprefix("torch.") for name, value in rows.layers.items()
+            },
             "head": rows.head is not None,
         }
 
@@ -235,21 +211,33 @@ class Fitting:
             raise ConfigurationError(
                 "how many classes there are cannot be told from these batches: give classes="
             )
-        self._example = features[:1].detach()
+        self._example = _owned(features[:1].detach())
         self.classes = class_count(features, self.classes)
 
-    def _progress(self, recipe: Recipe) -> _Progress:
-        progress = _Progress(recipe, split=recipe.holds_out and not self.held_out)
+    def _refuse_others(self, features: Features, labels: bool = True) -> None:
+        """Raise a DataError if these rows are not of the kind of the first ones."""
+        assert self._example is not None
+        given, before = _kind(features), _kind(self._example)
+        names = (given.keys() | before.keys()) - (set() if labels else {"labels"})
+        for name in sorted(names):
+            if given.get(name) != before.get(name):
+                raise DataError(
+                    f"these rows have {_told(given, name)}, and those before have "
+                    f"{_told(before, name)}: what a detector is fitted on is all of one kind"
+                )
+
+    def _progress(self, recipe: Recipe) -> Progress:
+        progress = Progress(recipe, split=recipe.holds_out and not self.held_out)
         self._learn_without_rows(progress)
         return progress
 
-    def _learn_without_rows(self, progress: _Progress) -> None:
+    def _learn_without_rows(self, progress: Progress) -> None:
         """Fit the parts in turn that want no statistics: they may still want the head."""
         assert self._example is not None
         while progress.scorer is None and not progress.statistics():
             progress.learn(FeatureStore(progress.apply(self._example).head, (), self.classes))
 
-    def _first_fold(self) -> Iterator[tuple[str, FeatureStore, _Progress]]:
+    def _first_fold(self) -> Iterator[tuple[str, FeatureStore, Progress]]:
         if self._folds is None:
             self._folds = {}
             for recipe in self.recipes.values():
@@ -264,7 +252,7 @@ class Fitting:
         for key, (store, progress) in self._folds.items():
             yield key, store, progress
 
-    def _store_of(self, progress: _Progress) -> FeatureStore:
+    def _store_of(self, progress: Progress) -> FeatureStore:
         store = self.stores.get(progress.place())
         if store is None:
             raise DataError(
@@ -272,10 +260,10 @@ class Fitting:
             )
         return store
 
-    def _round(self, open_ends: list[_Progress], reread: Reread | None) -> None:
+    def _round(self, open_ends: list[Progress], reread: Reread | None) -> None:
         """One fold over the rows set aside, for whatever is next in turn in each recipe."""
-        stores: dict[str, tuple[FeatureStore, _Progress]] = {}
-        tasks: list[_Measuring] = []
+        stores: dict[str, tuple[FeatureStore, Progress]] = {}
+        tasks: list[Measuring] = []
         for progress in open_ends:
             if progress.scorer is None:
                 store, _ = stores.setdefault(
@@ -284,7 +272,7 @@ class Fitting:
                 for statistic in progress.statistics():
                     store.add(statistic)
             else:
-                tasks += [_Measuring(progress, *part) for part in progress.to_measure()]
+                tasks += [Measuring(progress, *part) for part in progress.to_measure()]
         inputs = any(task.inputs for task in tasks)
         for features in self._rows_again(inputs, False, reread):
             for store, progress in stores.values():
@@ -321,7 +309,7 @@ class Fitting:
         assert self._example is not None
         return spool.batches(self._example.device)
 
-    def _learnt(self, progress: _Progress) -> Learnt:
+    def _learnt(self, progress: Progress) -> Learnt:
         assert progress.scorer is not None
         assert self._example is not None
         held: dict[str, Any] | None = None
@@ -340,53 +328,27 @@ class Fitting:
         return Learnt(progress.scorer, tuple(progress.shapers), record)
 
 
-@dataclass
-class _Measuring:
-    """One part that is being measured."""
-
-    progress: _Progress
-    path: Path
-    part: Scorer
-    rows: list[Tensor] = field(default_factory=list)
-    labels: list[Tensor] = field(default_factory=list)
-
-    @property
-    def inputs(self) -> bool:
-        return "inputs" in needed(self.part)
-
-    def update(self, features: Features, *, held_out: bool) -> None:
-        progress = self.progress
-        assert progress.scorer is not None
-        features = progress.kept(progress.apply(features), held_out=held_out)
-        if not len(features):
-            return
-        require(needed(self.part), features, f"scorer '{self.part.kind}'")
-        rows = self.part.measure(features, state_at(progress.scorer, self.path))
-        if rows is None:
-            raise NotFittedError(f"scorer '{self.part.kind}' says that it measures, and does not")
-        check_finite(rows, f"what scorer '{self.part.kind}' measures", features.ids)
-        self.rows.append(rows.double())
-        if features.labels is not None:
-            self.labels.append(features.labels)
-
-    def finish(self) -> None:
-        if not self.rows:
-            raise DataError(
-                f"scorer '{self.part.kind}' is measured on held-out rows, and there are none; "
-                "give held_out= rows, or more data to set a tenth apart from"
-            )
-        progress = self.progress
-        assert progress.scorer is not None
-        state = state_at(progress.scorer, self.path)
-        labels = torch.cat(self.labels) if self.labels else None
-        done = self.part.finish(state, torch.cat(self.rows), labels)
-        progress.scorer = put_state(progress.scorer, self.path, done)
-        progress.measured.add(self.path)
+def _owned(features: Features) -> Features:
+    """Features whose head has storage of its own: the model's weights may change later."""
+    head = features.head
+    if head is None:
+        return features
+    bias = None if head.bias is None else head.bias.detach().clone()
+    return replace(features, head=replace(head, weight=head.weight.detach().clone(), bias=bias))
 
 
-def _taken(inputs: Any, rows: Tensor) -> Any:
-    if isinstance(inputs, Tensor):
-        return inputs[rows.to(inputs.device)]
-    if isinstance(inputs, Mapping):
-        return {name: _taken(value, rows) for name, value in inputs.items()}
-    return [inputs[int(row)] for row in rows]
+def _kind(features: Features) -> dict[str, int]:
+    """The fields that some rows have, each with its width."""
+    kind = {f"layer '{name}'": 1 for name in features.layers}
+    if features.labels is not None:
+        kind["labels"] = 1
+    for name, value in (("embeddings", features.embeddings), ("logits", features.logits)):
+        if value is not None:
+            kind[name] = value.shape[1]
+    return kind
+
+
+def _told(kind: Mapping[str, int], name: str) -> str:
+    if name not in kind:
+        return f"no {name}"
+    return f"{name} of {kind[name]} columns" if name in ("embeddings", "logits") else name

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from oodcore.errors import DataError
 from oodcore.features import EPS
-from oodcore.search import Proposer
+from oodcore.search import MORE, SPARE, Proposer
 
 MEMORY_LIMIT = 256 * 2**20
 """Bytes of rows kept in memory; what comes after lies in unnamed temporary files."""
 
-CHUNK = 2**18
+CHUNK = 2**17
 """Numbers that a step over pairs of rows holds at once: they fit a processor's cache."""
 
 Metric = Literal["l2", "inner_product"]
@@ -139,7 +139,7 @@ class Rows:
         """The rows in order, at most ``size`` at a time."""
         self._settle()
         for segment in self._segments:
-            for block in segment.values.split(size):
+            for block in torch.split(segment.values, size):
                 yield block.to(self.dtype)
 
     def between(self, first: int, last: int) -> Tensor:
@@ -213,7 +213,7 @@ def _in_a_file(parts: list[Tensor]) -> _Segment:
     shape = (sum(len(part) for part in parts), *first.shape[1:])
     with tempfile.TemporaryFile(prefix="oodcore-") as file:
         for part in parts:
-            file.write(memoryview(part.numpy()).cast("B"))
+            part.numpy().tofile(file)
         file.flush()
         array = np.memmap(file, dtype=first.dtype, mode="r+", shape=shape)
     return _Segment(torch.from_numpy(array), loose=False)
@@ -310,12 +310,12 @@ class Index:
         return self.vectors(queries)
 
     @torch.no_grad()
-    def _nearest(self, queries: Tensor, k: int) -> Tensor:
+    def _nearest(self, queries: Tensor, k: int, spare: int = SPARE) -> Tensor:
         """The numbers of the ``k`` nearest rows, ``[N, k]``, of which the last is the farthest.
 
         Candidates whose place among the k rounding cannot have changed are not looked at again.
         """
-        proposed = self._proposed(queries.device).propose(queries, k)
+        proposed = self._proposed(queries.device).propose(queries, k, spare)
         kth = proposed.closeness[:, k - 1 : k]
         sure = proposed.closeness > kth + proposed.slack
         maybe = (proposed.closeness >= kth - proposed.slack) & ~sure & (proposed.found >= 0)
@@ -327,42 +327,59 @@ class Index:
         found = proposed.found.gather(1, best)
         doubtful = proposed.doubtful.nonzero().flatten()
         if len(doubtful):
-            found[doubtful] = self._exactly(queries[doubtful], k)
+            some = queries[doubtful]
+            more = spare == SPARE and len(self) > k + SPARE
+            found[doubtful] = self._nearest(some, k, MORE) if more else self._exactly(some, k)
         return found
 
     def _exactly(self, queries: Tensor, k: int) -> Tensor:
-        """The same, from products in float64 with every row."""
+        """The same, from products in float64 with every row.
+
+        Where even these leave open which rows are nearest, by more than a ten-millionth of the
+        distance, differences decide: of rows that lie together far from all others.
+        """
         proposer = self._proposed(queries.device)
-        found = torch.cat([proposer.exactly(part, k) for part in queries.split(1024)])
-        values = self._values(queries, found)
-        best = values.sort(dim=1, descending=self.metric != "l2", stable=True).indices[:, :k]
-        return found.gather(1, best)
+        nearest = []
+        for some in torch.split(queries, 1024):
+            proposed = proposer.exactly(some, k)
+            values = self._values(some, proposed.found)
+            best = values.sort(dim=1, descending=self.metric != "l2", stable=True)
+            found = proposed.found.gather(1, best.indices[:, :k])
+            if self.metric == "l2":
+                reach = (best.values[:, k - 1] * proposer.scale).square()
+                open_ends = proposed.doubtful & (proposed.slack[:, 0] > 1e-7 * reach) & (reach > 0)
+                for number in open_ends.nonzero().flatten():
+                    found[number] = self._by_difference(some[number : number + 1], k)
+            nearest.append(found)
+        return torch.cat(nearest)
+
+    def _by_difference(self, query: Tensor, k: int) -> Tensor:
+        """The numbers of the ``k`` nearest rows of one query ``[1, D]``, by distances to all."""
+        numbers = torch.arange(len(self), device=query.device)
+        distances = [self._values(query, some[None])[0] for some in torch.split(numbers, 4096)]
+        return torch.cat(distances).sort(stable=True).indices[:k]
 
     def _closeness(self, queries: Tensor, asked: Tensor, found: Tensor) -> Tensor:
         """How close some pairs of a query and a row are, ``[P]``: more is closer."""
-        parts = [
-            self._values(queries[some], numbers[:, None])[:, 0]
-            for some, numbers in zip(asked.split(4096), found.split(4096), strict=True)
-        ]
-        values = torch.cat(parts) if parts else queries.new_empty(0)
+        pairs = zip(torch.split(asked, 4096), torch.split(found, 4096), strict=True)
+        parts = [self._values(queries[some], numbers[:, None])[:, 0] for some, numbers in pairs]
+        values = torch.cat(parts)
         return -values if self.metric == "l2" else values
 
     def _values(self, queries: Tensor, found: Tensor) -> Tensor:
         """Distances or products of each query and its rows ``[N, m]``, ``[N, m]``."""
         chunk = max(1, CHUNK // max(1, found.shape[1] * queries.shape[1]))
-        parts = [
-            self._chunk_values(some, numbers)
-            for some, numbers in zip(queries.split(chunk), found.split(chunk), strict=True)
-        ]
-        return torch.cat(parts) if parts else queries.new_empty(found.shape)
+        pairs = zip(torch.split(queries, chunk), torch.split(found, chunk), strict=True)
+        return torch.cat([self._chunk_values(some, numbers) for some, numbers in pairs])
 
     def _chunk_values(self, queries: Tensor, found: Tensor) -> Tensor:
         numbers = found.cpu()
         near = self.rows[numbers].to(queries.device, queries.dtype)
         if self.normalized:
-            near = near / self._row_norms()[numbers].to(queries)[..., None]
+            near.div_(self._row_norms()[numbers].to(queries)[..., None])
         if self.metric == "l2":
-            return torch.linalg.vector_norm(queries[:, None] - near, dim=2)
+            distances: Tensor = torch.linalg.vector_norm(queries[:, None] - near, dim=2)
+            return distances
         return (queries[:, None] * near).sum(2)
 
     def _row_norms(self) -> Tensor:

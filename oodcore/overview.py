@@ -25,7 +25,9 @@ MEAN, ALL = "mean", "all"
 GAP = 2
 """Blanks between two columns."""
 NARROWEST = 12
-"""Columns that names get on the narrowest of terminals."""
+"""What a detector's name gets on the narrowest of terminals."""
+WIDEST = 20
+"""What the name of an OOD set gets at most; a longer one takes several lines."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class _Numbers:
 
     @property
     def width(self) -> int:
-        return max(cell_len(text) for text in (*self.head, "100.00"))
+        return min(WIDEST, max(cell_len(text) for text in (*self.head, "100.00")))
 
 
 class Overview:
@@ -148,7 +150,7 @@ def _grid(chunk: Sequence[_Numbers], first: int, *, header: bool) -> Table:
     table.add_column("detector", width=first, overflow="fold", vertical="top")
     for numbers in chunk:
         head = Text("\n".join(numbers.head))
-        table.add_column(head, width=numbers.width, justify="right", no_wrap=True)
+        table.add_column(head, width=numbers.width, justify="right", overflow="fold")
     return table
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
@@ -20,12 +20,17 @@ from oodcore.fitting import Fitting
 from oodcore.index import Rows
 from oodcore.plugins import registry
 from oodcore.recipe import Learnt, Recipe, scored, shaped
+from oodcore.scorer import Scorer, Shaper, needed, state_at, tree
+from oodcore.spool import dtype_of
 
 if TYPE_CHECKING:
     from oodcore.detector import Detector
     from oodcore.ensemble import Ensemble
 
 SIZE_LIMIT = 2**26
+"""Numbers in a row of features: more is no honest artifact."""
+
+Size = Annotated[int, Field(ge=0, le=2**40)]
 
 
 class _Strict(BaseModel):
@@ -33,9 +38,10 @@ class _Strict(BaseModel):
 
 
 class _Shape(_Strict):
-    K: NonNegativeInt | None = None
-    D: NonNegativeInt | None = None
-    layers: dict[str, list[NonNegativeInt]] = Field(default_factory=dict)
+    K: Size | None = None
+    D: Size | None = None
+    layers: dict[str, list[Size]] = Field(default_factory=dict)
+    types: dict[str, str] = Field(default_factory=dict)
     head: bool = False
 
 
@@ -62,12 +68,13 @@ class _Calibration(_Strict):
 
 class _Spool(_Strict):
     columns: dict[str, Rows]
+    types: dict[str, str]
     head: dict[str, Any] | None
 
 
 class _Store(_Strict):
-    rows: int
-    classes: int | None
+    rows: NonNegativeInt
+    classes: Annotated[int, Field(ge=1, le=2**40)] | None
     held_out: bool
     stores: dict[str, dict[str, Any]]
     places: list[str]
@@ -105,17 +112,27 @@ class _Ensemble(_Strict):
 
 
 Form = TypeVar("Form", bound=_Strict)
+Result = TypeVar("Result")
 
 
 def versions(components: Iterable[Component]) -> dict[str, str]:
-    """The version of every distribution that brought one of these components, and of oodcore."""
+    """The version of every distribution that brought one of these components, or a statistic that
+    one of them is fitted on; and of oodcore."""
     found = {"oodcore": _own_version()}
     for component in components:
-        for part in component.walk():
+        for part in (*component.walk(), *_statistics(component)):
             plugin = registry.owner(part)
             if plugin is not None:
                 found[plugin.distribution] = plugin.version
     return dict(sorted(found.items()))
+
+
+def _statistics(component: Component) -> Iterator[Component]:
+    """The statistics that a component, and all inside it, are fitted on."""
+    for part in component.walk():
+        if isinstance(part, Scorer | Shaper):
+            for statistic in part.statistics():
+                yield from statistic.walk()
 
 
 def surroundings(components: Iterable[Component]) -> dict[str, Any]:
@@ -191,6 +208,20 @@ def _components(detector: Detector) -> list[Component]:
 
 def _packed(detector: Detector, *, store: bool) -> dict[str, Any]:
     learnt = detector.ready()
+    weights = detector.weights() or detector.fingerprint
+    if detector.fingerprint not in (None, weights):
+        raise NotFittedError(
+            "the model's weights are not those that this detector was fitted on: fit it again "
+            "before it is saved"
+        )
+    if store and detector.fitting is None and not detector.recipe.fixed:
+        raise NotFittedError(
+            "this detector was loaded without its store, so there is none to save: leave "
+            "store=True away, or fit again"
+        )
+    parts = _components(detector)
+    if store:
+        parts += [statistic for part in parts for statistic in _statistics(part)]
     return {
         "configuration": {
             "extractor": None if detector.extractor is None else detector.extractor.dump(),
@@ -201,8 +232,8 @@ def _packed(detector: Detector, *, store: bool) -> dict[str, Any]:
             "num_workers": detector.num_workers,
             "seed": detector.recipe.seed,
         },
-        "components": _origins(_components(detector)),
-        "fingerprint": None if detector.model is None else detector.model.fingerprint(),
+        "components": _origins(parts),
+        "fingerprint": weights,
         "shape": dict(detector.shape),
         "learnt": {
             "scorer": learnt.scorer,
@@ -265,7 +296,7 @@ def _rebuilt_ensemble(saved: _Ensemble, model: Any, allow: frozenset[str]) -> En
     ensemble.state = saved.state
     scores = torch.rand(2, len(members), dtype=torch.float64, generator=_generator())
     combination = ensemble.combination
-    _attempt(lambda: combination.combine(combination.normalized(scores, saved.state)))
+    _attempt(lambda: combination.combine(combination.normalized(scores, saved.state)), "state")
     _calibrate(ensemble, saved.calibration)
     return ensemble
 
@@ -315,13 +346,21 @@ def _rebuilt(saved: _Detector, model: Any, allow: frozenset[str]) -> Detector:
     device = loaded.device if loaded is not None else torch.device("cpu")
     detector.learnt = _on_device(saved.learnt, device)
     detector.shape = saved.shape.model_dump()
+    detector.fingerprint = saved.fingerprint
     _try(detector.recipe, detector.learnt, saved.shape, device)
     _calibrate(detector, saved.calibration)
     if saved.store is not None:
-        detector.fitting = Fitting.unpacked(
-            saved.store.model_dump(), {detector.name: detector.recipe}
-        )
+        detector.fitting = _resumed(saved.store, detector)
     return detector
+
+
+def _resumed(saved: _Store, detector: Detector) -> Fitting:
+    """The fitting that was saved, if it can go on: with one row more, as a trial."""
+    recipes = {detector.name: detector.recipe}
+    fitting: Fitting = _attempt(lambda: Fitting.unpacked(saved.model_dump(), recipes), "store")
+    if "inputs" not in fitting.needs():
+        _attempt(lambda: fitting.only(detector.name).repeat(), "store")
+    return fitting
 
 
 def _on_device(learnt: _Learnt, device: torch.device) -> Learnt:
@@ -338,43 +377,63 @@ def _on_device(learnt: _Learnt, device: torch.device) -> Learnt:
 
 
 def _try(recipe: Recipe, learnt: Learnt, shape: _Shape, device: torch.device) -> None:
-    """Score two made-up rows, so that a state of wrong names, types or shapes is refused."""
-    if "inputs" in recipe.needs() or (shape.K is None and shape.D is None):
+    """Score two made-up rows, so that a state of wrong names, types or shapes is refused.
+
+    Where the scorer passes through the model again, the scorers inside it that do not are tried.
+    """
+    numbers = (shape.K or 0) + (shape.D or 0) + (shape.K or 0) * (shape.D or 0)
+    numbers += sum(torch.Size(layer).numel() for layer in shape.layers.values())
+    if numbers > SIZE_LIMIT:
+        raise ArtifactError(f"detector.json: features of {numbers} numbers a row cannot be")
+    if not numbers or any("inputs" in shaper.needs() for shaper in recipe.shapers):
         return
-    sizes = [shape.K or 1, shape.D or 1, (shape.K or 1) * (shape.D or 1)]
-    sizes += [torch.Size(layer).numel() for layer in shape.layers.values()]
-    if max(sizes) > SIZE_LIMIT:
-        raise ArtifactError(f"detector.json: features of K = {shape.K}, D = {shape.D} cannot be")
+
+    def trial() -> None:
+        features = shaped(_made_up(shape, device), recipe.shapers, learnt.shapers)
+        for path, part in tree(recipe.scorer):
+            if "inputs" not in needed(part):
+                state = state_at(learnt.scorer, path)
+                scored(features, Recipe(part), Learnt(state, ()))
+
+    _attempt(trial, "state")
+
+
+def _made_up(shape: _Shape, device: torch.device) -> Features:
+    """Two rows of features of a shape."""
     generator = _generator()
 
-    def drawn(*size: int) -> Tensor:
-        return torch.rand(*size, generator=generator, dtype=torch.float64).to(device)
+    def drawn(*size: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        if not dtype.is_floating_point:
+            return torch.zeros(*size, dtype=dtype, device=device)
+        return torch.rand(*size, generator=generator, dtype=torch.float64).to(device, dtype)
 
-    head = Head(drawn(shape.K, shape.D)) if shape.K and shape.D and shape.head else None
-    features = Features(
+    return Features(
         embeddings=None if shape.D is None else drawn(2, shape.D),
         logits=None if shape.K is None else drawn(2, shape.K),
         ids=torch.arange(2, device=device),
-        layers={name: drawn(2, *size) for name, size in shape.layers.items()},
-        head=head,
+        layers={
+            name: drawn(2, *size, dtype=dtype_of(shape.types.get(name, "float32")))
+            for name, size in shape.layers.items()
+        },
+        head=Head(drawn(shape.K, shape.D)) if shape.K and shape.D and shape.head else None,
     )
-    _attempt(lambda: scored(shaped(features, recipe.shapers, learnt.shapers), recipe, learnt))
 
 
 def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def _attempt(work: Callable[[], Any]) -> None:
-    """Do what scoring would do with a state that was read; a failure is the state's fault."""
+def _attempt(work: Callable[[], Result], what: str) -> Result | None:
+    """Do what would be done with what was read; a failure is the artifact's fault."""
     try:
         with torch.no_grad():
-            work()
+            return work()
     except DataError as error:
-        if "not finite" not in str(error):
-            raise ArtifactError(f"the state does not fit the configuration: {error}") from error
+        if "not finite" in str(error):
+            return None
+        raise ArtifactError(f"the {what} does not fit the configuration: {error}") from error
     except Exception as error:
-        raise ArtifactError(f"the state does not fit the configuration: {error!r}") from error
+        raise ArtifactError(f"the {what} does not fit the configuration: {error!r}") from error
 
 
 def _calibrate(decision: Decision, saved: _Calibration | None) -> None:

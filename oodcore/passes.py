@@ -17,7 +17,7 @@ from oodcore.extractor import FeatureModel
 from oodcore.features import Features, Rerun
 from oodcore.fitting import Fitting
 from oodcore.progress import track
-from oodcore.recipe import scored, shaped
+from oodcore.recipe import Learnt, scored, shaped
 
 if TYPE_CHECKING:
     from oodcore.detector import Detector
@@ -44,17 +44,50 @@ def fit(
     _refuse_reading_twice(groups, data, held_out)
     done = []
     for group in groups:
-        first = _with_layers(group)
+        reader = _reader(group, fitting=True)
         count = class_number(classes)
         if count is None:
-            count = _largest_label(data, first)
+            count = _largest_label(data, reader)
         recipes = {name: detector.recipe for name, detector in group.items()}
         fitting = Fitting(recipes, count, held_out is not None)
-        fold(fitting, first, data, held_out)
-        learnt = fitting.finish(_reread(fitting, first, data, held_out))
-        done += [(group[name], learnt[name], fitting, name) for name in group]
-    for detector, learnt_by_one, fitting, name in done:
-        detector.take(learnt_by_one, fitting, name)
+        _fold([fitting], reader, data, held_out)
+        learnt = fitting.finish(_reread(fitting, reader, data, held_out))
+        weights = reader.weights()
+        done += [(group[name], learnt[name], fitting, name, weights) for name in group]
+    for detector, of_one, fitting, name, weights in done:
+        detector.take(of_one, fitting, name, weights)
+
+
+def partial_fit(
+    detectors: Mapping[str, Detector], data: Any, held_out: Any = None, *, classes: Classes = None
+) -> None:
+    """Go on fitting many detectors in the same passes; none is changed where one fails.
+
+    Arguments and errors as in ``Detector.partial_fit``.
+    """
+    groups = [part for group in by_model(detectors) for part in _equally_far(group)]
+    _refuse_reading_twice(groups, data, held_out)
+    done = []
+    for group in groups:
+        reader = _reader(group, fitting=True)
+        count = class_number(classes)
+        fittings = {name: d.going_on(count, held_out is not None) for name, d in group.items()}
+        _fold(list(fittings.values()), reader, data, held_out)
+        for name, detector in group.items():
+            fitting, weights = fittings[name], detector.fingerprint or reader.weights()
+            done.append((detector, fitting.finish()[detector.name], fitting, weights))
+    for detector, learnt, fitting, weights in done:
+        detector.take(learnt, fitting, detector.name, weights)
+
+
+def _equally_far(group: Mapping[str, Detector]) -> list[dict[str, Detector]]:
+    """The detectors of a group by how many rows they have seen, which decides the next id."""
+    parts: dict[tuple[int, int], dict[str, Detector]] = {}
+    for name, detector in group.items():
+        fitting = detector.fitting
+        seen = (0, 0) if fitting is None else (fitting.rows, fitting.held_rows)
+        parts.setdefault(seen, {})[name] = detector
+    return list(parts.values())
 
 
 def score(detectors: Mapping[str, Detector], data: Any) -> dict[str, Array]:
@@ -104,15 +137,15 @@ def _scores(
     _refuse_reading_twice(groups, data)
     columns: dict[str, list[Tensor]] = {name: [] for group in groups for name in group}
     for group in groups:
-        first = _with_layers(group)
         learnt = {name: detector.ready() for name, detector in group.items()}
+        places = {name: detector.place(learnt[name]) for name, detector in group.items()}
         needs = frozenset[str]().union(*(d.recipe.needs() for d in group.values()))
-        for features in features_of(first, data, needs, "scoring"):
+        for features in features_of(_reader(group), data, needs, "scoring"):
             look(features)
             shared: dict[str, Features] = {}
             for name, detector in group.items():
                 detector.check_shape(features)
-                place = detector.place(learnt[name])
+                place = places[name]
                 if place not in shared:
                     shared[place] = shaped(features, detector.shapers, learnt[name].shapers)
                 with torch.no_grad():
@@ -173,14 +206,16 @@ def _features(model: FeatureModel | None, batch: Batch | Features) -> Features:
     return Features(embeddings=batch.inputs.double(), labels=batch.labels, ids=batch.ids)
 
 
-def fold(fitting: Fitting, detector: Detector, data: Any, held_out: Any) -> None:
-    """Stream data (and held-out rows) through a detector's model into a fitting."""
-    needs = fitting.needs()
-    for features in features_of(detector, data, needs, "fitting", start=fitting.rows):
-        fitting.update(features)
-    if held_out is not None:
-        for features in features_of(detector, held_out, needs, "measuring", fitting.held_rows):
-            fitting.update_held_out(features)
+def _fold(fittings: list[Fitting], reader: Detector, data: Any, held_out: Any) -> None:
+    """Stream data (and held-out rows) through a model into fittings that are equally far."""
+    needs = frozenset[str]().union(*(fitting.needs() for fitting in fittings))
+    for features in features_of(reader, data, needs, "fitting", fittings[0].rows):
+        for fitting in fittings:
+            fitting.update(features)
+    if held_out is not None and any(fitting.holds_out for fitting in fittings):
+        for features in features_of(reader, held_out, needs, "measuring", fittings[0].held_rows):
+            for fitting in fittings:
+                fitting.update_held_out(features)
 
 
 def _reread(
@@ -188,7 +223,7 @@ def _reread(
 ) -> Callable[[bool], Iterator[Features]]:
     def reread(apart: bool) -> Iterator[Features]:
         rows = held_out if apart else data
-        if not Stream(rows).repeatable:
+        if not Stream(rows, adapt=detector.adapt).repeatable:
             raise DataError(
                 "a part of this scorer is measured through the model, so the data is read again: "
                 "give data that comes in the same order twice (a Dataset, arrays)"
@@ -225,16 +260,18 @@ def _same_model(a: Detector, b: Detector) -> bool:
     return one.module is two.module and heads and one.preprocess == two.preprocess
 
 
-def _with_layers(group: Mapping[str, Detector]) -> Detector:
-    """The group's first detector, its model capturing the layers that any of the group needs."""
-    first = next(iter(group.values()))
-    names = {need for other in group.values() for need in other.recipe.needs(fitting=True)}
-    first.capture(sorted(n.partition(".")[2] for n in names if n.startswith("layers.")))
-    return first
+def _reader(group: Mapping[str, Detector], *, fitting: bool = False) -> Detector:
+    """The group's first detector, with a model that captures the layers that any of them needs."""
+    names = {need for d in group.values() for need in d.recipe.needs(fitting=fitting)}
+    layers = sorted(name.partition(".")[2] for name in names if name.startswith("layers."))
+    return next(iter(group.values())).reading(layers)
 
 
 def _refuse_reading_twice(groups: list[dict[str, Detector]], *data: Any) -> None:
-    if len(groups) > 1 and not all(rows is None or Stream(rows).repeatable for rows in data):
+    adapt = next(iter(groups[0].values())).adapt if groups else None
+    if len(groups) > 1 and not all(
+        rows is None or Stream(rows, adapt=adapt).repeatable for rows in data
+    ):
         raise DataError(
             f"{len(groups)} models read this data, and it cannot be read twice in the same order; "
             "give a Dataset or arrays"
@@ -256,14 +293,35 @@ def class_number(classes: Classes) -> int | None:
 
 
 def _largest_label(data: Any, detector: Detector) -> int | None:
-    """K from the labels of all rows, where there is no model to tell it."""
+    """K from the labels of all rows, where there is no model to tell it.
+
+    Raises:
+        ConfigurationError: numbers so large that they can hardly be those of classes.
+    """
     stream = Stream(data, adapt=detector.adapt)
     if detector.model is not None or not stream.repeatable:
         return None
-    labels = [batch.labels for batch in stream]
-    return 1 + max((int(y.max()) for y in labels if y is not None), default=0)
+    largest, rows = -1, 0
+    for batch in stream:
+        rows += len(batch)
+        if batch.labels is not None:
+            largest = max(largest, int(batch.labels.max()))
+    if largest >= max(rows, MANY_CLASSES):
+        raise ConfigurationError(
+            f"the largest label of {rows} rows is {largest}, and labels are the classes' numbers "
+            f"0..K-1; number them so, or give classes={largest + 1} if that is meant"
+        )
+    return max(largest + 1, 1)
 
 
-def place_of(shapers: Sequence[Any], held_out: Any, fitting: Any) -> str:
-    """The same for detectors that were fitted together and shape features alike."""
-    return canonical([[shaper.dump() for shaper in shapers], held_out, id(fitting)])
+MANY_CLASSES = 1000
+"""More classes than rows are taken for a mistake from here on: statistics hold numbers of each."""
+
+
+def place_of(detector: Detector, learnt: Learnt) -> str:
+    """The same for detectors that shape features alike: the same shapers, in the same states."""
+    source: Any = detector.fitting
+    if source is None and any(learnt.shapers):
+        source = learnt
+    shapers = [shaper.dump() for shaper in detector.shapers]
+    return canonical([shapers, learnt.record.get("held_out"), id(source)])

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from oodcore.errors import DataError
+from oodcore.errors import ConfigurationError, DataError
 from oodcore.features import Features, Rerun, check_finite
+from oodcore.index import Index, Rows
 from oodcore.scorer import Scorer, Shaper, depth, needed, needed_to_fit, tree
 from oodcore.statistics import State
 from oodcore.store import missing_fields
@@ -98,7 +101,57 @@ def scored(features: Features, recipe: Recipe, learnt: Learnt) -> Tensor:
     who = f"scorer '{recipe.scorer.kind}'"
     require(needed(recipe.scorer), features, who)
     scores = recipe.scorer.score(features, learnt.scorer)
-    if scores.shape != (len(features),):
-        raise DataError(f"{who} gave {list(scores.shape)} for {len(features)} rows, not [N]")
-    check_finite(scores, who, features.ids)
+    return checked_scores(scores, len(features), who, features.ids)
+
+
+def checked_scores(scores: Any, rows: int, who: str, ids: Tensor | None = None) -> Tensor:
+    """What somebody gave for some rows, if it is a score: finite numbers ``[N]``, as float64.
+
+    Raises:
+        DataError: it is not.
+    """
+    if not isinstance(scores, Tensor):
+        raise DataError(f"{who} gave a {type(scores).__name__}, not a tensor [N]")
+    if scores.shape != (rows,):
+        raise DataError(f"{who} gave {list(scores.shape)} for {rows} rows, not [N]")
+    check_finite(scores, who, ids)
     return scores.double()
+
+
+def own(state: Any, who: str, name: str = "") -> Any:
+    """A state with storage of its own, which nothing that goes on learning can change.
+
+    Args:
+        state: what a component has learnt.
+        who: the component, for messages.
+        name: where in the state this is.
+
+    Raises:
+        ConfigurationError: something that an artifact cannot hold.
+        DataError: numbers that are not finite.
+    """
+    if isinstance(state, Tensor):
+        if state.is_floating_point() and not bool(torch.isfinite(state).all()):
+            raise DataError(
+                f"what {who} has learnt is not finite ('{name}'): the numbers that it was fitted "
+                "on are too large, too small or too few"
+            )
+        return state.detach().clone()
+    if isinstance(state, Rows):
+        return state.copy()
+    if isinstance(state, Index):
+        return state
+    if not isinstance(state, Mapping):
+        place = f"'{name}', a" if name else "a"
+        raise ConfigurationError(
+            f"what {who} has learnt is {place} {type(state).__name__}; a state holds tensors, "
+            "Rows, Index and mappings of these by name"
+        )
+    if odd := [key for key in state if not isinstance(key, str) or not _NAME.fullmatch(key)]:
+        raise ConfigurationError(
+            f"what {who} has learnt has the name {odd[0]!r}; names are made of a-z, 0-9 and _"
+        )
+    return {key: own(value, who, f"{name}.{key}" if name else key) for key, value in state.items()}
+
+
+_NAME = re.compile(r"[a-z0-9_]+")

@@ -1,4 +1,4 @@
-"""Proposals of nearest neighbours: float32 on faiss or torch, with what rounding may have changed."""
+"""Proposals of nearest neighbours in float32, on faiss or torch, and how far to trust them."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 SPARE = 8
 """Candidates beyond k: room for neighbours that rounding to float32 swaps."""
 
+MORE = 256
+"""Candidates beyond k where that room was too small."""
+
 ROUNDING = {"highest": 2.0**-24, "high": 2.0**-11, "medium": 2.0**-8}
 """The rounding of a product of float32 matrices, by torch's global setting."""
 
@@ -34,7 +37,7 @@ class Proposal:
         found: ``[N, m]`` row numbers, nearest first; -1 where there is none.
         closeness: ``[N, m]``, minus a squared distance or a product, in units of the proposer's.
         slack: ``[N, 1]``: two rows whose closeness differs by less may be swapped.
-        doubtful: ``[N]``, the queries of which a neighbour may be missing.
+        doubtful: ``[N]``, the queries of which a near row may be missing.
     """
 
     found: Tensor
@@ -64,68 +67,78 @@ class Proposer:
         usable = faiss is not None and (device.type != "cuda" or faiss.get_num_gpus() > 0)
         if not self.flat and faiss is None:
             raise ConfigurationError(
-                f"index '{index.factory}' needs faiss: pip install 'oodcore[cpu]' (or 'oodcore[gpu]')"
+                f"index '{index.factory}' needs faiss: pip install 'oodcore[cpu]' "
+                "(or 'oodcore[gpu]')"
             )
         self.engine: Any = None
         self.bank = torch.empty(0)
         if usable or not self.flat:
             self.engine = self._engine()
         else:
-            self.bank = torch.cat([block.to(device) for block in self._blocks()])
+            self.bank = torch.cat([block.float().to(device) for block in self._blocks()])
             self.squares = self.bank.square().sum(1)
 
-    def propose(self, queries: Tensor, k: int) -> Proposal:
-        """Candidates for the ``k`` nearest rows of queries ``[N, D]``."""
-        count = min(k + SPARE, len(self.index))
+    def propose(self, queries: Tensor, k: int, spare: int = SPARE) -> Proposal:
+        """Candidates for the ``k`` nearest rows of queries ``[N, D]``, ``spare`` more than k."""
+        count = min(k + spare, len(self.index))
         narrow = ((queries - self.centre.to(queries)) * self.scale).float()
         closeness, found = self._search(narrow, count)
-        last = closeness[:, -1]
-        kth = closeness[:, k - 1]
+        kth = closeness[:, k - 1 : k]
         if not self.flat:
             slack = torch.full_like(kth, torch.inf)
-            return Proposal(found, closeness, slack[:, None], found[:, k - 1] < 0)
-        slack = 2 * self._rounding(narrow, kth)
-        doubtful = ~(last < kth - slack)
-        if count == len(self.index):
-            doubtful = ~torch.isfinite(closeness).all(dim=1)
-        return Proposal(found, closeness, slack[:, None], doubtful)
+            return Proposal(found, closeness, slack, found[:, k - 1] < 0)
+        unit = 2.0**-24
+        if self.engine is None:
+            unit = ROUNDING[torch.get_float32_matmul_precision()]
+        slack = 2 * self._rounding(narrow.double(), kth, unit) + narrow.shape[1] * 2.0**-149
+        return Proposal(found, closeness, slack, self._doubt(closeness, slack, k))
 
-    def exactly(self, queries: Tensor, k: int) -> Tensor:
-        """Candidates ``[N, m]`` from products in float64, block by block."""
+    def exactly(self, queries: Tensor, k: int) -> Proposal:
+        """The same from products in float64, block by block."""
         count = min(k + SPARE, len(self.index))
-        centre = self.centre.to(queries)
-        queries = queries - centre
+        queries = (queries - self.centre.to(queries)) * self.scale
         best = queries.new_empty((len(queries), 0))
         found = torch.empty((len(queries), 0), dtype=torch.int64, device=queries.device)
         first = 0
-        for block in self.index.rows.blocks(8192):
-            rows = self.index.vectors(block.to(queries.device)) - centre
+        for block in self._blocks(8192):
+            rows = block.to(queries.device)
             products = queries @ rows.T
             if self.index.metric == "l2":
-                products = 2 * products - rows.square().sum(1)
+                products = products.mul_(2).sub_(rows.square().sum(1))
             numbers = torch.arange(first, first + len(rows), device=queries.device)
             first += len(rows)
             best = torch.cat([best, products], dim=1)
             found = torch.cat([found, numbers.expand(len(queries), -1)], dim=1)
             top = best.topk(min(count, best.shape[1]), dim=1)
             best, found = top.values, found.gather(1, top.indices)
-        return found
+        if self.index.metric == "l2":
+            best = best - queries.square().sum(1, keepdim=True)
+        kth = best[:, k - 1 : k]
+        slack = 2 * self._rounding(queries, kth, 2.0**-53)
+        return Proposal(found, best, slack, self._doubt(best, slack, k))
+
+    def _doubt(self, closeness: Tensor, slack: Tensor, k: int) -> Tensor:
+        """Whether a row that is no candidate may be nearer than the k-th, ``[N]``."""
+        if closeness.shape[1] == len(self.index):
+            return ~torch.isfinite(closeness).all(dim=1)
+        return ~(closeness[:, -1:] < closeness[:, k - 1 : k] - slack)[:, 0]
 
     def _extent(self) -> tuple[Tensor, float]:
         """What is subtracted from rows and queries, and the norm of the longest row after that."""
         rows = self.index.rows
         centre = torch.zeros(rows.shape, dtype=torch.float64)
-        if self.index.normalized:
-            return centre, 1.0
         if self.index.metric == "l2":
             for block in rows.blocks():
-                centre += block.double().sum(0) / len(rows)
-        longest = [float((b.double() - centre).norm(dim=1).max()) for b in rows.blocks()]
+                centre += self.index.vectors(block).sum(0) / len(rows)
+        longest = [
+            float((self.index.vectors(block) - centre).norm(dim=1).max()) for block in rows.blocks()
+        ]
         return centre, max(longest, default=0.0)
 
-    def _blocks(self) -> Iterator[Tensor]:
-        for block in self.index.rows.blocks():
-            yield ((self.index.vectors(block) - self.centre) * self.scale).float().contiguous()
+    def _blocks(self, size: int = 65536) -> Iterator[Tensor]:
+        """The rows, centred and scaled."""
+        for block in self.index.rows.blocks(size):
+            yield (self.index.vectors(block) - self.centre) * self.scale
 
     def _engine(self) -> Any:
         faiss = faiss_module()
@@ -144,20 +157,20 @@ class Proposer:
             )
         try:
             if not engine.is_trained:
-                engine.train(torch.cat(list(self._blocks())).numpy())
+                engine.train(torch.cat([block.float() for block in self._blocks()]).numpy())
         except RuntimeError as error:
             raise ConfigurationError(
                 f"the index '{index.factory}' cannot be built from {len(index)} rows: "
                 f"{_reason(error)}"
             ) from None
         for block in self._blocks():
-            engine.add(block.numpy())
+            engine.add(block.float().numpy())
         return engine
 
     def _search(self, narrow: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Closeness (descending) and row numbers of the best candidates."""
         if self.engine is None:
-            parts = [self._best(part, count) for part in narrow.split(1024)]
+            parts = [self._best(part, count) for part in torch.split(narrow, 1024)]
             if not parts:
                 parts = [(narrow.new_empty((0, count)), narrow.new_empty((0, count)).long())]
             return torch.cat([p[0] for p in parts]).double(), torch.cat([p[1] for p in parts])
@@ -187,22 +200,20 @@ class Proposer:
             best = best - queries.square().sum(1, keepdim=True)
         return best, found
 
-    def _rounding(self, narrow: Tensor, kth: Tensor) -> Tensor:
-        """How far the closeness of a row about as near as the k-th may be from the truth, ``[N]``.
+    def _rounding(self, queries: Tensor, kth: Tensor, unit: float) -> Tensor:
+        """How far the closeness of a row about as near as the k-th may be off, ``[N, 1]``.
 
-        A sum of D products is wrong by about sqrt(D) roundings of its terms' sizes; what was
+        A sum of D products is wrong by about sqrt(D) roundings of the sum's size; what was
         measured, over many kinds of data and both libraries, is a third of this at most.
         """
-        root = narrow.shape[1] ** 0.5
-        size = narrow.double().norm(dim=1)
+        root = queries.shape[1] ** 0.5
+        size = queries.norm(dim=1, keepdim=True)
         if self.index.metric == "l2":
             terms = (8 + root) * (2 * size + kth.neg().clamp_min(0).sqrt()).square()
         else:
-            terms = (8 + 2 * root) * size * self.largest * self.scale
-        unit = 2.0**-24
-        if self.engine is None:
-            unit = ROUNDING[torch.get_float32_matmul_precision()]
-        return unit * terms + narrow.shape[1] * 2.0**-149
+            terms = (8 + 2 * root) * size * (self.largest * self.scale)
+        rounding: Tensor = unit * terms
+        return rounding
 
 
 @cache
@@ -212,7 +223,8 @@ def faiss_module() -> ModuleType | None:
         import faiss
     except ImportError:
         return None
-    return faiss  # type: ignore[no-any-return]
+    module: ModuleType = faiss
+    return module
 
 
 def _reason(error: RuntimeError) -> str:
@@ -229,7 +241,9 @@ def _matrix_products() -> Iterator[None]:
 
     The setting is global, so the last search to end puts it back.
     """
-    settings = faiss_module().cvar  # type: ignore[union-attr]
+    faiss = faiss_module()
+    assert faiss is not None
+    settings = faiss.cvar
     with _searching:
         _searches.append(settings.distance_compute_blas_threshold)
         settings.distance_compute_blas_threshold = 20

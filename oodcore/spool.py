@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oodcore.errors import DataError
 from oodcore.features import Features
 from oodcore.index import Rows
 from oodcore.store import packed_head, unpacked_head
@@ -18,28 +19,37 @@ class Spool:
 
     def __init__(self) -> None:
         self.columns: dict[str, Rows] = {}
+        self.types: dict[str, torch.dtype] = {}
         self.head: Any = None
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()))) if self.columns else 0
 
     def append(self, features: Features) -> None:
-        """Set a batch aside: everything but inputs."""
+        """Set a batch aside: everything but inputs.
+
+        Raises:
+            DataError: a field that the rows before have, or have not.
+        """
         values: dict[str, Tensor | None] = {
             name: getattr(features, name) for name in ("embeddings", "logits", "labels", "ids")
         }
         values.update({f"layers.{name}": value for name, value in features.layers.items()})
         self.head = features.head
+        given = {name for name, value in values.items() if value is not None}
+        if self.columns and (odd := sorted(given ^ self.columns.keys())):
+            raise DataError(f"some batches have {odd[0]}, and others have none")
         for name, value in values.items():
             if value is not None:
                 rows = self.columns.setdefault(name, Rows(tuple(value.shape[1:]), value.dtype))
                 rows.append(value)
+                self.types.setdefault(name, value.dtype)
 
     def batches(self, device: torch.device, size: int = 2048) -> Iterator[Features]:
         """The rows in order."""
         for first in range(0, len(self), size):
             columns = {
-                name: rows.between(first, first + size).to(device)
+                name: rows.between(first, first + size).to(device, self.types[name])
                 for name, rows in self.columns.items()
             }
             plain = {name: columns.get(name) for name in ("embeddings", "logits", "labels", "ids")}
@@ -54,16 +64,37 @@ class Spool:
         """A spool that goes on apart from this one."""
         other = Spool()
         other.columns = {name: rows.copy() for name, rows in self.columns.items()}
-        other.head = self.head
+        other.types, other.head = dict(self.types), self.head
         return other
 
     def packed(self) -> dict[str, Any]:
         """The spool as plain values and rows, in the form that artifacts hold."""
-        return {"columns": dict(self.columns), "head": packed_head(self.head)}
+        types = {name: str(dtype).removeprefix("torch.") for name, dtype in self.types.items()}
+        return {"columns": dict(self.columns), "types": types, "head": packed_head(self.head)}
 
     @classmethod
     def unpacked(cls, packed: Mapping[str, Any]) -> Spool:
-        """The spool that ``packed`` described."""
+        """The spool that ``packed`` described.
+
+        Raises:
+            DataError: columns of different lengths, or of types that are none.
+        """
         spool = cls()
         spool.columns, spool.head = dict(packed["columns"]), unpacked_head(packed["head"])
+        if len({len(rows) for rows in spool.columns.values()}) > 1:
+            raise DataError("the rows set aside have columns of different lengths")
+        for name in spool.columns:
+            spool.types[name] = dtype_of(packed["types"].get(name))
         return spool
+
+
+def dtype_of(name: Any) -> torch.dtype:
+    """The type of tensors that has this name.
+
+    Raises:
+        DataError: there is none.
+    """
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(dtype, torch.dtype):
+        raise DataError(f"there is no type of tensors '{name}'")
+    return dtype

@@ -113,11 +113,13 @@ class FeatureStore:
         both.rows += other.rows
         return both
 
-    def copy(self) -> FeatureStore:
-        """A store that goes on apart from this one."""
-        other = FeatureStore(self.head, self.statistics, self.classes)
+    def copy(self, statistics: Iterable[Statistic] | None = None) -> FeatureStore:
+        """A store that goes on apart from this one, with some of its statistics or all of them."""
+        kept = self.statistics if statistics is None else statistics
+        other = FeatureStore(self.head, kept, self.classes)
         other.rows, other.labelling = self.rows, self.labelling
-        other._states = {key: copy_state(state) for key, state in self._states.items()}
+        if self._states:
+            other._states = {key: copy_state(self._states[key]) for key in other._statistics}
         return other
 
     def __getitem__(self, statistic: Statistic) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -76,7 +77,8 @@ def train(
     drive = _lightning().drive
     folder = RunFolder(Path(out))
     device, rank, world = _place(config)
-    with _processes(device, world), _own_torch(device):
+    _meet(device, world)
+    with _own_torch(device):
         if rank == 0:
             folder.start(config, resume=resume, overwrite=overwrite)
         _barrier(world)
@@ -142,18 +144,26 @@ def _place(config: TrainingConfig) -> tuple[torch.device, int, int]:
     return torch.device("cuda", local) if on_gpu else torch.device("cpu"), rank, world
 
 
-@contextmanager
-def _processes(device: torch.device, world: int) -> Iterator[None]:
-    """The processes' means to talk, before Lightning comes and until it has gone."""
+def _meet(device: torch.device, world: int) -> None:
+    """Have the processes able to talk, from here until the interpreter ends.
+
+    A group that is taken down and begun again hangs at times, on what the first left in the store
+    of torchrun; so it is begun once, and before Lightning would.
+    """
     from torch import distributed
 
     if world == 1 or distributed.is_initialized():
-        yield
         return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield
-    finally:
+    atexit.register(_part)
+
+
+def _part() -> None:
+    from torch import distributed
+
+    if distributed.is_initialized():
         distributed.destroy_process_group()
 
 

@@ -69,7 +69,6 @@ def run(arguments: Sequence[str]) -> int:
             return work
         with streams.readable_warnings():
             work()
-        sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001
         if "--debug" in front:
             traceback.print_exc()
@@ -82,7 +81,7 @@ def _explained(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         streams.complain("interrupted")
         return INTERRUPTED
-    if isinstance(error, BrokenPipeError) and streams.unread():
+    if isinstance(error, streams.Unread):
         return UNREAD
     if isinstance(error, _UsageError):
         context = getattr(error, "ctx", None)
@@ -168,7 +167,7 @@ def _plugins(as_json: Json = False) -> None:
 @_command("list")
 def _list(
     slot: Annotated[
-        str | None, typer.Argument(metavar="[SLOT]", help="scorer, shaper, source, ...")
+        str | None, typer.Argument(metavar="SLOT", help="scorer, shaper, source, ...")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -211,7 +210,7 @@ def _check(
 @_command("schema")
 def _schema(
     target: Annotated[
-        str, typer.Argument(metavar="[detector|benchmark|training]", help="What to describe.")
+        str, typer.Argument(metavar="TARGET", help="detector, benchmark or training.")
     ] = "detector",
 ) -> None:
     """The JSON Schema of a configuration, for editors."""

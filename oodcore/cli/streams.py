@@ -20,9 +20,23 @@ PATIENCE = 1.0
 _OPTIONS = {"overwrite=True": "--overwrite", "resume=True": "--resume", "store=True": "--store"}
 
 
+class Unread(Exception):
+    """Nobody reads stdout any more, as when a pipe ends in ``head``."""
+
+
 def write(text: str) -> None:
-    """A result, on stdout."""
-    sys.stdout.write(f"{text}\n")
+    """A result, on stdout.
+
+    Raises:
+        Unread: nobody reads it; stdout is left in peace until the process ends.
+    """
+    try:
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        silence = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silence, sys.stdout.fileno())
+        raise Unread from None
 
 
 def write_json(value: Any) -> None:
@@ -67,17 +81,6 @@ def readable_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.showwarning = say
         yield
-
-
-def unread() -> bool:
-    """Whether nobody reads stdout any more; then it is left in peace until the process ends."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        silence = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(silence, sys.stdout.fileno())
-        return True
-    return False
 
 
 class Bars:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oodcore.artifact import refuse_to_overwrite
 from oodcore.cli import streams
 from oodcore.component import Component
 from oodcore.config import DetectorConfig, read, validate
@@ -24,7 +25,7 @@ from oodcore.demo import demo
 from oodcore.detector import Detector, load
 from oodcore.document import parse
 from oodcore.ensemble import Ensemble
-from oodcore.errors import ArtifactError, ConfigurationError
+from oodcore.errors import ConfigurationError
 from oodcore.evaluation import compare, study_of
 from oodcore.features import Features
 from oodcore.plugins import registry
@@ -83,8 +84,7 @@ def fit_detector(config: Path, out: Path, overwrite: bool, store: bool) -> None:
     checked = validate(DetectorConfig, document)
     if checked.train is None:
         raise ConfigurationError(f"{config}: train: is needed to fit; name the rows to fit on")
-    if os.path.lexists(out) and not overwrite:
-        raise ArtifactError(f"{out} exists; give overwrite=True to replace it")
+    refuse_to_overwrite(out, overwrite)
     detector = Detector.from_config(document)
     with streams.bars():
         detector.fit(checked.train, checked.held_out)
@@ -122,6 +122,8 @@ def score_rows(
     """
     if out.suffix != ".csv":
         raise ConfigurationError(f"{out}: the scores are written as .csv; give --out NAME.csv")
+    if out.is_dir():
+        raise ConfigurationError(f"{out} is a folder; give --out a file")
     source = _source(given)
     detector: Detector | Ensemble = load(artifact, allow=allow, sha256=sha256)
     rate = _rate(detector, rate)
@@ -148,6 +150,8 @@ def score_rows(
 def run_benchmark(config: Path, out: Path, as_json: bool) -> None:
     """Compare detectors, write results and report, print the table."""
     study = study_of(config)
+    if os.path.lexists(out) and not out.is_dir():
+        raise ConfigurationError(f"{out} is no folder; give --out another")
     with streams.bars():
         results = compare(study).results
         results.save(out)

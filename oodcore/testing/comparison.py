@@ -61,7 +61,11 @@ def copied(value: Any) -> dict[str, Tensor]:
 
 def written(value: Any) -> dict[str, Tensor]:
     """How often torch wrote to each tensor inside: what changed nothing here may elsewhere."""
-    return {name: torch.tensor(tensor._version) for name, tensor in tensors(value).items()}
+    return {
+        name: torch.tensor(tensor._version)
+        for name, tensor in tensors(value).items()
+        if not tensor.is_inference()
+    }
 
 
 def changed(before: Tensors, after: Tensors) -> str | None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from oodcore.metrics import auroc
+from oodcore.scorer import Shaper
 from oodcore.testing.comparison import (
     SAME,
     apart,
@@ -20,8 +21,8 @@ from oodcore.testing.comparison import (
     written,
 )
 from oodcore.testing.subject import Subject, stripped
-from oodcore.testing.toy import batch
 
+_WITH = "; use features.with_embeddings, with_logits or with_head"
 FIELDS = re.compile(r"embeddings|logits|head|inputs|layers\..+")
 
 
@@ -59,7 +60,7 @@ def needs(subject: Subject) -> None:
             f"it gives something else of features with {sorted(allowed)} alone than of whole ones: "
             f"{where}; declare what it reads in needs(), and in that of its statistics"
         )
-    labelled = subject.features(made, batch(made.train.inputs, made.train.labels))  # type: ignore[arg-type]
+    labelled = subject.features(made, made.train)
     with torch.no_grad():
         informed = subject.output(labelled, whole)
     if where := apart(informed, subject.outputs(made, made.train.inputs, whole)):
@@ -146,7 +147,7 @@ def unchanged(subject: Subject) -> None:
     made = subject.problem()
     module = made.model.module
     weights = copied(module)
-    modes = [part.training for part in module.modules()]
+    modes, hooks = [part.training for part in module.modules()], _hooks(module)
     fitting = subject.fitting(made)
     rows = subject.features(made, made.train)
     before, writes = copied(rows), written(rows)
@@ -174,6 +175,38 @@ def unchanged(subject: Subject) -> None:
         )
     if modes != [part.training for part in module.modules()]:
         raise AssertionError("it leaves the model in another mode (train or eval)")
+    if hooks != _hooks(module):
+        raise AssertionError("it leaves a hook on the model; take layers from the features")
+
+
+def _hooks(module: torch.nn.Module) -> int:
+    """How many hooks there are on a module and on those inside it."""
+    return sum(
+        len(part._forward_hooks) + len(part._forward_pre_hooks) + len(part._backward_hooks)
+        for part in module.modules()
+    )
+
+
+def kept(subject: Subject) -> None:
+    """Shaped features are of the same rows: labels, ids and logits are not lost."""
+    assert isinstance(subject.part, Shaper)
+    made = subject.problem()
+    learnt = subject.fit(made)
+    features = subject.features(made, made.train)
+    with torch.no_grad():
+        given = subject.part.apply(features, learnt.shapers[0])
+    for name in ("labels", "ids"):
+        if not torch.equal(getattr(features, name), _or_empty(getattr(given, name))):
+            raise AssertionError(f"it loses or changes {name}{_WITH}")
+    for name in ("embeddings", "logits"):
+        if getattr(given, name) is None:
+            raise AssertionError(f"it loses the {name}{_WITH}")
+    if missing := sorted(features.layers.keys() - given.layers.keys()):
+        raise AssertionError(f"it loses the layers {missing}{_WITH}")
+
+
+def _or_empty(values: Tensor | None) -> Tensor:
+    return torch.empty(0) if values is None else values
 
 
 def pure(subject: Subject) -> None:

@@ -110,7 +110,9 @@ def scales(subject: Subject) -> None:
 
 def _few(subject: Subject) -> Iterator[tuple[str, Problem]]:
     yield "two classes", subject.problem(Sizes(classes=2))
-    yield "one class", subject.problem(Sizes(classes=1))
+    if not subject.recipe.needs(fitting=True) & {"logits", "head"}:
+        # Without logits, rows without labels are of one class; a classifier has two at least.
+        yield "one class", subject.problem(Sizes(classes=1))
     yield "one embedding dimension", subject.problem(Sizes(classes=2, width=1))
     yield "maps of one place", subject.problem(Sizes(side=1))
     made = subject.problem()

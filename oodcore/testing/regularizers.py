@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -83,10 +84,11 @@ def repeatable(part: Regularizer) -> None:
             "which stands in the same place again, and remember in after"
         )
     before = _surroundings(exercise, step, state)
-    for name, hook in (
-        ("loss", partial(part.loss, step, state)),
-        ("criterion", partial(exercise.engine.criterion, step.features, step.labels)),
-    ):
+    criterion = partial(exercise.engine.criterion, step.features, step.labels)
+    hooks: dict[str, Callable[[], Any]] = {"criterion": criterion}
+    if part.weight_at(step.epoch):
+        hooks["loss"] = partial(part.loss, step, state)
+    for name, hook in hooks.items():
         _quietly(name, step, hook)
         if where := changed(before, _surroundings(exercise, step, state)):
             raise AssertionError(
@@ -110,7 +112,7 @@ def terms(part: Regularizer) -> None:
             raise AssertionError("criterion gives numbers that are not finite")
         if not rows.requires_grad:
             raise AssertionError("criterion has no gradient; leave detach and no_grad out of it")
-        term = part.loss(step, state)
+        term = part.loss(step, state) if part.weight_at(step.epoch) else None
     if term is None:
         return
     if not isinstance(term, Tensor) or term.ndim or not term.is_floating_point():

@@ -104,6 +104,8 @@ def _laws(subject: Subject) -> dict[str, Law[Subject]]:
         chosen["refit"] = learning.refit
     if subject.statistics:
         chosen["merging"] = learning.merging
+    if isinstance(part, Shaper):
+        chosen["kept fields"] = laws.kept
     if not isinstance(part, Scorer) or part.smooth:
         chosen["gradient"] = numerics.gradient
     if torch.cuda.is_available():

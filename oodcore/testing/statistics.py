@@ -42,17 +42,19 @@ class Summary:
         statistic: the component.
         tolerance: relative, between ways to the same summary.
         network: see ``toy.Network``; None for the toy network.
+        sizes: of the toy problem.
     """
 
     statistic: Statistic
     tolerance: float = TOLERANCE
     network: Network | None = None
+    sizes: Sizes = Sizes()
 
     def features(self, sizes: Sizes | None = None, device: str = "cpu") -> Features:
         """The training rows of a toy problem."""
         needs = sorted(self.statistic.needs())
         layers = [need.partition(".")[2] for need in needs if need.startswith("layers.")]
-        made = problem(layers, self.network, sizes).on(device)
+        made = problem(layers, self.network, sizes or self.sizes).on(device)
         with torch.no_grad():
             return features_of(made.model, made.train, inputs=False)
 
@@ -103,8 +105,11 @@ def merging(summary: Summary) -> None:
     rows = summary.features()
     assert rows.labels is not None
     whole = summary.state([rows])
-    by_class = [rows[(rows.labels == k).nonzero().flatten()] for k in range(4)]
-    for how, parts in (("in three parts", _split(rows, 90)), ("by class", by_class)):
+    by_class = [rows[(rows.labels == k).nonzero().flatten()] for k in range(summary.sizes.classes)]
+    for how, parts in (
+        ("in three parts", _split(rows, 1 + len(rows) // 3)),
+        ("by class", by_class),
+    ):
         states = [summary.state([part]) for part in parts]
         forward = states[0]
         backward = states[-1]
@@ -120,8 +125,9 @@ def merging(summary: Summary) -> None:
     summary.compare(summary.merged(whole, nothing), whole, "merged with the state before any row")
     nothing = summary.begin(rows)
     summary.compare(summary.merged(nothing, whole), whole, "merged into the state before any row")
-    grown = summary.merged(summary.state([by_class[0]]), summary.state(by_class[1:3]))
-    grown = summary.statistic.update(copy_state(grown), by_class[3])
+    first, *others = _split(rows, 1 + len(rows) // 4)
+    grown = summary.merged(summary.state([first]), summary.state(others[:-1] or [rows[:0]]))
+    grown = summary.statistic.update(copy_state(grown), others[-1])
     summary.compare(grown, whole, "merged and then updated")
 
 
@@ -143,7 +149,8 @@ def far(summary: Summary) -> None:
     )
     whole = summary.state([moved])
     summary.compare(summary.state(_split(moved, 7)), whole, "updated 7 rows at a time, far from 0")
-    halves = [summary.state([part]) for part in _split(moved, 75)]
+    half = len(moved) // 2
+    halves = summary.state([moved[:half]]), summary.state([moved[half:]])
     summary.compare(summary.merged(*halves), whole, "merged, far from 0")
 
 
@@ -203,7 +210,10 @@ def saved(summary: Summary) -> None:
     rows = summary.features()
     state = summary.state([rows[:120]])
     legal(state)
-    with registered(summary.statistic), tempfile.TemporaryDirectory() as folder:
+    with (
+        registered(summary.statistic),
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+    ):
         store = FeatureStore(statistics=[summary.statistic]).update(rows[:120])
         store.save(Path(folder) / "store")
         loaded = FeatureStore.load(Path(folder) / "store")

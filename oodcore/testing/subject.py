@@ -43,11 +43,13 @@ class Subject:
         part: the component.
         floor: the least AUROC on the toy problem, or None.
         network: see ``toy.Network``; None for the toy network.
+        sizes: of the toy problem.
     """
 
     part: Scorer | Shaper
     floor: float | None = None
     network: Network | None = None
+    sizes: Sizes = Sizes()
 
     @property
     def recipe(self) -> Recipe:
@@ -78,10 +80,10 @@ class Subject:
         return not self.recipe.fixed
 
     def problem(self, sizes: Sizes | None = None) -> Problem:
-        """A toy problem with the layers that it needs."""
+        """A toy problem with the layers that it needs, of its own sizes where left out."""
         needs = sorted(self.recipe.needs(fitting=True))
         layers = [need.partition(".")[2] for need in needs if need.startswith("layers.")]
-        return problem(layers, self.network, sizes)
+        return problem(layers, self.network, sizes or self.sizes)
 
     def detector(self, made: Problem) -> Detector:
         """An unfitted detector of it."""

@@ -162,16 +162,15 @@ class Problem:
 def problem(
     layers: Sequence[str] = (),
     network: Network | None = None,
-    sizes: Sizes | None = None,
+    sizes: Sizes = Sizes(),
 ) -> Problem:
     """A toy problem of some sizes; nothing is shared with another one.
 
     Args:
         layers: names of the submodules whose activations are wanted.
         network: makes the network, where the toy network will not do.
-        sizes: the usual ones where left out.
+        sizes: of everything.
     """
-    sizes = sizes or Sizes()
     module = (network or ToyNetwork)(sizes.classes, sizes.width, tuple(layers)).double().eval()
     head = module.head_name if isinstance(module, ToyNetwork) else "auto"
     train, other, labels, known, unknown = (numbers.clone() for numbers in _drawn(sizes))

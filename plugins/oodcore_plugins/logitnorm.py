@@ -24,6 +24,9 @@ class LogitNorm(oodcore.Regularizer):
     cross-entropy; here it is whatever the run's is further in (focal loss, weighted rows). There is
     no term, so a ``weight`` above 0 means nothing more than that it takes part.
 
+    Its gradient grows as 1 / (t ||z||), and norms are small at first: where training does not begin
+    to learn, clip the gradient (``gradient_clip: 1``) or lower the learning rate.
+
     Args:
         temperature: t, without unit; 0.04 is the paper's for CIFAR-10 and CIFAR-100.
         weight: 0 switches it off.

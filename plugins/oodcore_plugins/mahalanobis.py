@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from oodcore import Features, FeatureStore, Paper, Scorer, Statistic, hookimpl
 from oodcore.errors import DataError
-from oodcore.features import required
+from oodcore.features import required, unit
 from oodcore.hookspecs import Register
-from oodcore.statistics import ClassMoments, State
+from oodcore.statistics import ClassMoments, Normalized, State
 
 CUT_OFF = 1e-10
 """Directions whose variance is below this share of the largest carry no information."""
@@ -23,7 +26,13 @@ class Mahalanobis(Scorer):
     the largest variance (dead features) are ignored. Classes without rows are left out.
 
     This is the paper's score on the penultimate features, without its input perturbation (see
-    ``perturbed``) and without further layers.
+    ``perturbed``) and without further layers. With ``normalize`` it is Mahalanobis++ (Maximilian
+    Mueller, Matthias Hein, ICML 2025, https://arxiv.org/abs/2505.18032).
+
+    Args:
+        normalize: give embeddings unit norm first; a zero row stays zero.
+        shrinkage: s, which makes the covariance ``(1 - s) S + s trace(S) / D I``. With s > 0 no
+            direction is ignored.
     """
 
     kind = "mahalanobis"
@@ -35,23 +44,38 @@ class Mahalanobis(Scorer):
         2018,
         "https://arxiv.org/abs/1807.03888",
     )
+    normalize: bool = False
+    shrinkage: Annotated[float, Field(ge=0, le=1)] = 0.0
 
     def needs(self) -> frozenset[str]:
         return frozenset({"embeddings"})
 
     def statistics(self) -> tuple[Statistic, ...]:
-        return (ClassMoments(),)
+        return (class_moments(self.normalize),)
 
     def fit(self, store: FeatureStore) -> State:
-        moments = store[ClassMoments()]
-        whitening = whiten(moments.covariance)
+        moments = store[class_moments(self.normalize)]
+        whitening = whiten(shrunk(moments.covariance, self.shrinkage))
         centre = moments.total_mean
         means = moments.mean[moments.present]
         return {"centre": centre, "whitening": whitening, "means": (means - centre) @ whitening}
 
     def score(self, features: Features, state: State) -> Tensor:
-        rows = required(features.embeddings, "embeddings") - state["centre"]
+        rows = required(features.embeddings, "embeddings")
+        rows = (unit(rows) if self.normalize else rows) - state["centre"]
         return -nearest(rows @ state["whitening"], state["means"])
+
+
+def class_moments(normalize: bool) -> Statistic:
+    """The class moments of the embeddings, or of embeddings of unit norm."""
+    return Normalized(statistic=ClassMoments()) if normalize else ClassMoments()
+
+
+def shrunk(covariance: Tensor, shrinkage: float) -> Tensor:
+    """``(1 - s) S + s trace(S) / D I`` of a covariance S ``[D, D]``."""
+    size = len(covariance)
+    target = covariance.trace() / size * torch.eye(size).to(covariance)
+    return (1 - shrinkage) * covariance + shrinkage * target if shrinkage else covariance
 
 
 def whiten(covariance: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -55,7 +57,13 @@ def test_models_accuracies_and_gaps_show():
     assert header == ["detector", "model", "mean", "a", "b", "accuracy"]
     assert (best[:2], best[-1]) == (["high|er", "n"], "98.77")
     assert (worst[:2], worst[-1]) == (["low", "m"], "")
-    assert len(results.table().rows) == 2
+
+
+def test_a_model_that_begins_the_name_is_not_said_twice():
+    results = benchmark(models=("m", "n"))
+    named = [replace(entry, name=f"{entry.model}/{entry.name}") for entry in results.entries]
+    scores = {e.name: {"id_test": [1.0, 2.0], "a": [0.0]} for e in named}
+    assert Results.from_scores(named, scores).table_rows()[0] == ["detector", "a"]
 
 
 def test_markdown_is_a_table_whose_names_are_escaped():

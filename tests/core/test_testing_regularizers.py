@@ -14,6 +14,7 @@ from torch import nn
 from oodcore import Memory, Regularizer
 from oodcore.errors import ConfigurationError
 from oodcore.testing import check_regularizer, regularizer_checks
+from oodcore.testing.regularizers import LAWS
 
 
 class Confident(Regularizer):
@@ -437,6 +438,28 @@ def test_faulty_regularizers_are_caught(fault, law, message):
     [check] = [check for check in regularizer_checks(fault) if check.name == law]
     with pytest.raises(AssertionError, match=message):
         check()
+
+
+def test_every_law_has_a_fault_that_breaks_it():
+    shared = {"documentation", "configuration"}
+    assert {law for _, law, _ in FAULTS} | shared == set(LAWS)
+
+
+def test_a_term_that_begins_late_is_not_asked_for_before():
+    class Late(Noised):
+        """``CE`` of noisy inputs, from an epoch on.
+
+        Args:
+            begin: the epoch.
+        """
+
+        kind = "late"
+        begin: int = 2
+
+        def weight_at(self, epoch):
+            return self.weight if epoch >= self.begin else 0.0
+
+    check_regularizer(Late)
 
 
 def test_everything_at_once():

@@ -10,6 +10,7 @@ from oodcore.errors import ConfigurationError
 from oodcore.index import Rows
 from oodcore.statistics import AtLayer, Bank, ClassMoments, Normalized, Sample
 from oodcore.testing import check_statistic, statistic_checks
+from oodcore.testing.statistics import LAWS
 
 
 def zeros(*shape: int) -> torch.Tensor:
@@ -271,6 +272,11 @@ def test_faulty_statistics_are_caught(fault, law, message):
     [check] = [check for check in statistic_checks(fault) if check.name == law]
     with pytest.raises(AssertionError, match=message):
         check()
+
+
+def test_every_law_has_a_fault_that_breaks_it():
+    shared = {"documentation", "configuration"}
+    assert {law for _, law, _ in FAULTS} | shared == set(LAWS)
 
 
 def test_everything_at_once():

@@ -21,10 +21,11 @@ from oodcore.plugins import SLOTS, registry
 from oodcore.training_config import TrainingConfig
 
 FENCE = re.compile(
-    r"(?P<notes>(?:^ *<!--.*?-->\n)*)^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<text>.*?)^(?P=indent)```$",
+    r"(?P<notes>(?:^ *<!-- [^\n]*? -->\n)*)^(?P<indent> *)```(?P<info>[^\n`]*)\n"
+    r"(?P<text>.*?)^(?P=indent)```$",
     re.DOTALL | re.MULTILINE,
 )
-NOTE = re.compile(r"<!-- (.*?) -->", re.DOTALL)
+NOTE = re.compile(r"<!-- ((?!begin|end).*?) -->")
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d*)?(?:e[-+]?\d+)?")
 ELSEWHERE = ("pip", "git", "make", "cd", "python", "pytest", "torchrun")
 """Programs that examples may call, and that no test of the documentation runs."""

@@ -6,21 +6,30 @@ which the toy problem says nothing, has its examples in ``EXAMPLES``.
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from oodcore import registry
-from oodcore.errors import ConfigurationError
+from oodcore.errors import ConfigurationError, OodcoreError
 from oodcore.testing import (
     Check,
+    laws,
+    learning,
     regularizer_checks,
     scorer_checks,
     shaper_checks,
     statistic_checks,
+    statistics,
 )
+from oodcore.testing.subject import Subject
+from oodcore.testing.toy import Sizes
 
 KIT: Mapping[str, Callable[..., list[Check]]] = {
     "scorer": scorer_checks,
@@ -110,3 +119,40 @@ def test_every_example_is_of_something_that_is_there(slot, kind):
 @pytest.mark.parametrize("slot", list(KIT))
 def test_there_is_something_to_examine(slot):
     assert slot in {slot for slot, _ in kinds()}
+
+
+COMPONENTS = {
+    slot: [
+        registry.build(slot, {"kind": kind, **example.fields})
+        for where, kind in kinds()
+        if where == slot
+        for example in EXAMPLES.get((slot, kind), (Example(),))
+    ]
+    for slot in ("scorer", "shaper", "statistic")
+}
+SIZES = st.builds(
+    Sizes,
+    classes=st.integers(1, 6),
+    width=st.integers(1, 20),
+    side=st.integers(1, 3),
+    rows=st.integers(6, 60),
+    tested=st.just(8),
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(part=st.sampled_from(COMPONENTS["scorer"] + COMPONENTS["shaper"]), sizes=SIZES)
+def test_rows_batches_and_merges_on_any_shape(part, sizes):
+    subject = Subject(part, sizes=sizes)
+    for law in (laws.rows_apart, laws.output, learning.streaming, learning.merging):
+        with contextlib.suppress(OodcoreError), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            law(subject)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(part=st.sampled_from(COMPONENTS["statistic"]), sizes=SIZES)
+def test_statistics_merge_on_any_shape(part, sizes):
+    summary = statistics.Summary(part, sizes=sizes)
+    for law in (statistics.batches, statistics.merging, statistics.far):
+        law(summary)

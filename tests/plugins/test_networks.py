@@ -12,6 +12,14 @@ from oodcore_plugins.digits import Digits
 from oodcore_plugins.networks import digits_cnn, mlp
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def images(rows: int = 5) -> torch.Tensor:
     return torch.rand(rows, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import oodcore
-from oodcore import Detector, Regularizer, registry
+from oodcore import Detector, Regularizer, Source, registry
 from oodcore.errors import ArtifactError, ConfigurationError
 from oodcore.preprocess import Preprocess
 from oodcore.run_folder import RunFolder
@@ -37,11 +37,24 @@ class Beside(Regularizer):
         return step.features.layers[self.name].square().mean()
 
 
+class Vectors(Source):
+    """Rows of eight numbers."""
+
+    kind = "vectors_for_tests"
+
+    def open(self):
+        inputs = torch.rand(12, 8, generator=torch.Generator().manual_seed(1))
+        return [(row, number % 3, number) for number, row in enumerate(inputs)]
+
+
 @pytest.fixture(autouse=True, scope="module")
 def plugin():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     hook = oodcore.hookimpl(lambda register: register(Beside))
     with registry.using(SimpleNamespace(register_regularizers=hook)):
         yield
+    torch.set_num_threads(threads)
 
 
 def run_of(folder, *regularizers, **fields):
@@ -120,12 +133,13 @@ def test_a_run_without_branches_or_preprocessing(tmp_path):
 
 
 def test_a_network_that_is_its_own_head(tmp_path):
-    network = {
-        "factory": "torch.nn:Linear",
-        "arguments": {"in_features": 8, "out_features": 10},
-    }
-    with pytest.raises(ConfigurationError, match="it is no head for embeddings"):
-        run_of(tmp_path / "run", network=network, preprocess=None)
+    linear = {"factory": "torch.nn:Linear", "arguments": {"in_features": 8, "out_features": 3}}
+    fields = {"network": linear, "preprocess": None, "train": Vectors()}
+    out = run_of(tmp_path / "run", Beside(), **fields)
+    features = RunExtractor(path=out, layers=("confidence",)).load()(torch.rand(4, 8))
+    assert features.logits.shape == (4, 3)
+    assert features.layers["confidence"].shape == (4, 1)
+    assert features.head.bias is None
 
 
 def test_a_branch_named_like_a_layer_is_told(tmp_path):
