@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import argparse
 import ast
-import html
 import inspect
 import io
 import json
 import os
 import re
 import sys
-import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+from docstrings import called, cited, document, marked, prose, sentence, short_citation, table
 
 DOCS = Path(__file__).parent
 HEADINGS = {
@@ -35,6 +36,9 @@ HEADINGS = {
 """The slots in the order in which a reader wants them."""
 LEARNING = ("scorer", "shaper")
 """The slots whose components say what they read and learn from."""
+BEST = 4
+"""How many detectors of each network the README shows."""
+
 _PART = re.compile(r"(<!-- begin: (\w+)([^>]*?)\s-->\n)(.*?)(<!-- end: \2 -->)", re.DOTALL)
 
 
@@ -42,10 +46,16 @@ def main() -> int:
     """Rewrite the generated parts of all pages, or with ``--check`` report those that differ."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; 1 if a page is old")
-    check = parser.parse_args().check
+    parser.add_argument("--results", help="also the README's table, from what the demo wrote")
+    options = parser.parse_args()
+    check = options.check
     # The pages are about what oodcore brings, whatever else is installed here.
     os.environ["OODCORE_PLUGINS"] = ""
-    old = {page: text for page, text in current().items() if text != page.read_text("utf-8")}
+    pages = current()
+    if options.results:
+        readme = DOCS.parent / "README.md"
+        pages[readme] = filled(readme.read_text("utf-8"), {"demo": partial(demo, options.results)})
+    old = {page: text for page, text in pages.items() if text != page.read_text("utf-8")}
     for page, text in old.items():
         if check:
             sys.stderr.write(f"{page.relative_to(DOCS.parent)} is not current\n")
@@ -62,11 +72,11 @@ def current() -> dict[Path, str]:
     return {page: filled(text) for page, text in pages.items() if _PART.search(text)}
 
 
-def filled(page: str) -> str:
+def filled(page: str, parts: Mapping[str, Callable[..., str]] | None = None) -> str:
     """A page with its generated parts written anew."""
 
     def write(found: re.Match[str]) -> str:
-        text = PARTS[found[2]](*found[3].split()).strip("\n")
+        text = (parts or PARTS)[found[2]](*found[3].split()).strip("\n")
         return f"{found[1]}\n{text}\n\n{found[5]}"
 
     return _PART.sub(write, page)
@@ -83,7 +93,7 @@ def kinds() -> str:
         for kind, cls in built_in(slot).items():
             line = [f"[`{kind}`](#{anchor(slot, kind)})", sentence(cls)]
             line += [_reads(cls), _learns(cls)] if slot in LEARNING else []
-            line += [_short_citation(cls)] if "source" in header else []
+            line += [short_citation(cls.paper)] if "source" in header else []
             lines.append(line)
         sections.append(f"### {heading}\n\n{table(header, lines)}")
     return "\n".join(sections)
@@ -135,9 +145,34 @@ def hooks() -> str:
         home = base.replace(":", ".")
         sections.append(
             f"#### `{hook.__name__}`\n\n```text\n{signature(hook)}\n```\n\n"
-            f"{_markdown(text)} The class is `{home}`."
+            f"{marked(text)} The class is `{home}`."
         )
     return "\n\n".join(sections)
+
+
+def demo(folder: str) -> str:
+    """The best detectors of a demonstration, for each of its models."""
+    from oodcore.results import Results
+    from oodcore.tables import percent
+
+    results = Results.load(folder)
+    near, far = (partial(results.mean, metric="auroc", group=group) for group in ("near", "far"))
+    header = ["network", "detector", "AUROC", "near OOD", "far OOD", "FPR95", "false alarms"]
+    lines = []
+    for model in sorted({entry.model for entry in results.entries}):
+        own = [name for name in results.ranked() if name.startswith(f"{model}/")]
+        for name in own[:BEST]:
+            numbers = [
+                results.mean(name, "auroc"),
+                near(name),
+                far(name),
+                results.mean(name, "fpr95_id"),
+                results.value(name, "false_alarm_rate", results.id_data.name),
+            ]
+            lines.append([model, name.partition("/")[2], *map(percent, numbers)])
+    count = len(results.entries) // len({entry.model for entry in results.entries})
+    said = f"The {BEST} best of {count} detectors for each network, in percent:"
+    return f"{said}\n\n{table(header, lines)}"
 
 
 def api(*targets: str) -> str:
@@ -161,7 +196,7 @@ def house() -> str:
     for path in sorted(Path(oodcore.__path__[0]).rglob("*.py")):
         text = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
         name = path.relative_to(Path(oodcore.__path__[0]).parent).as_posix()
-        lines.append([f"`{name}`", _markdown(text.split("\n\n")[0]).rstrip(".")])
+        lines.append([f"`{name}`", marked(text.split("\n\n")[0]).rstrip(".")])
     return table(["file", "what it is for"], lines)
 
 
@@ -180,44 +215,9 @@ def commands() -> str:
     return "\n\n".join(sections)
 
 
-def table(header: list[str], lines: list[list[str]]) -> str:
-    """A table in Markdown."""
-    rows = [header, ["---"] * len(header), *lines]
-    return "".join(f"| {' | '.join(map(_cell, row))} |\n" for row in rows)
-
-
 def signature(function: Callable[..., Any]) -> str:
     """A function's name and parameters as its file has them."""
     return f"{function.__name__}{inspect.signature(function)}".replace("'", "")
-
-
-def called(name: str, thing: Any) -> str:
-    """How a class or function is called; a property is read."""
-    if isinstance(thing, property):
-        return f"```text\n{name}\n```"
-    parameters = []
-    for one in inspect.signature(thing).parameters.values():
-        if one.name != "self":
-            plain = one.default is None or isinstance(one.default, str | bool | int | float | tuple)
-            default = one.empty if one.default is one.empty else one.default if plain else ...
-            parameters.append(one.replace(annotation=one.empty, default=default))
-    shown = f"{name}{inspect.Signature(parameters)}".replace("=Ellipsis", "=...")
-    hanging = textwrap.wrap(shown, 88, subsequent_indent=" " * (len(name) + 1))
-    return "\n".join(["```text", *hanging, "```"])
-
-
-def document(thing: Any) -> str:
-    """A docstring whose sections (arguments, results, errors) are lists."""
-    parts = re.split(r"^(Args|Returns|Raises):\n", f"{inspect.getdoc(thing) or ''}\n", flags=re.M)
-    text = [_markdown(parts[0].strip())]
-    for title, body in zip(parts[1::2], parts[2::2], strict=True):
-        listed, after = _indented(body)
-        items = [listed] if title == "Returns" else re.split(r"^ {4}(?! )", listed, flags=re.M)
-        lines = [" ".join(item.split()) for item in items if item.strip()]
-        named = [re.sub(r"^([\w, ]+?): ", r"`\1`: ", line) for line in lines]
-        text.append(f"*{title}*\n\n" + "\n".join(f"- {_markdown(line)}" for line in named))
-        text.append(_markdown(after.strip()))
-    return "\n\n".join(part for part in text if part)
 
 
 def built_in(slot: str) -> Mapping[str, Any]:
@@ -232,63 +232,6 @@ def built_in(slot: str) -> Mapping[str, Any]:
 def anchor(slot: str, kind: str) -> str:
     """Where in the page of methods a component is."""
     return f"{slot}-{kind}"
-
-
-def prose(cls: type[Any]) -> tuple[str, str]:
-    """What a docstring says before its fields, and after them."""
-    text = inspect.cleandoc(cls.__doc__ or "")
-    before, _, rest = f"{text}\n".partition("\nArgs:\n")
-    return _markdown(before.strip()), _markdown(_indented(rest)[1].strip())
-
-
-def sentence(cls: type[Any]) -> str:
-    """The first sentence of a docstring, without what only the section can show."""
-    first = " ".join(inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0].split())
-    found = re.match(r"(?:``.*?``|[^`])*?\.(?=\s|$)", first)
-    return _markdown(found[0] if found else first).rstrip(".:")
-
-
-def cited(paper: Any) -> str:
-    """A full citation whose title is a link."""
-    return f"{paper.authors}. [{paper.title}]({paper.url}). {paper.venue} {paper.year}."
-
-
-def _indented(text: str) -> tuple[str, str]:
-    """The lines at the beginning of a text that are indented or empty, and what comes after."""
-    lines = text.splitlines(keepends=True)
-    end = next(
-        (i for i, line in enumerate(lines) if not line.startswith(("    ", "\n"))), len(lines)
-    )
-    return "".join(lines[:end]), "".join(lines[end:])
-
-
-def _markdown(text: str) -> str:
-    """A docstring's words as Markdown; only its code may hold what looks like a tag."""
-    parts = re.split(r"(``.*?``)", text, flags=re.DOTALL)
-    return "".join(part if part.startswith("``") else part.replace("<", "\\<") for part in parts)
-
-
-def _short_citation(cls: type[Any]) -> str:
-    paper = cls.paper
-    if paper is None:
-        return ""
-    first, *others = paper.authors.split(", ")
-    names = first.split()[-1] + {0: "", 1: f" and {others[0].split()[-1]}" if others else ""}.get(
-        len(others), " et al."
-    )
-    return f"[{names}, {paper.venue} {paper.year}]({paper.url})"
-
-
-def _cell(text: str) -> str:
-    """A text on one line; a bar in it is written so that every dialect of Markdown shows it."""
-
-    def code(found: re.Match[str]) -> str:
-        if "|" not in found[0]:
-            return found[0]
-        return f"<code>{html.escape(found[2].strip(), quote=False)}</code>"
-
-    text = re.sub(r"(`+)(.+?)\1", code, " ".join(text.split()))
-    return text.replace("|", "&#124;")
 
 
 class _Part:
@@ -324,7 +267,7 @@ def _learns(cls: type[Any]) -> str:
     example = _example(cls)
     learnt = [f"[`{s.kind}`](#{anchor('statistic', s.kind)})" for s in example.statistics()]
     if getattr(example, "measures", False):
-        learnt.append("its scores" if cls.held_out else "numbers of its own")
+        learnt.append("held-out rows" if cls.held_out else "the rows again")
     return ", ".join(dict.fromkeys(learnt))
 
 
@@ -338,7 +281,7 @@ def _fields_of(cls: type[Any]) -> str:
             f"`{name}`",
             type_of(field.annotation, field.metadata).replace("<", "\\<"),
             _default(field),
-            _markdown(said.get(name, "")),
+            marked(said.get(name, "")),
         ]
         for name, field in cls.model_fields.items()
     ]

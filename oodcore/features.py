@@ -19,7 +19,8 @@ Rerun = Callable[..., "Features"]
 
 def unit(rows: Tensor) -> Tensor:
     """Rows divided by their Euclidean norm, ``x / max(norm, 1e-12)``; a zero row stays zero."""
-    return rows / rows.norm(dim=-1, keepdim=True).clamp_min(EPS)
+    norms: Tensor = rows.norm(dim=-1, keepdim=True)
+    return rows / norms.clamp_min(EPS)
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,10 @@ class Head:
             )
 
     def __call__(self, embeddings: Tensor) -> Tensor:
-        weight = unit(self.weight) if self.normalize_weight else self.weight
-        rows = unit(embeddings) if self.normalize_features else embeddings
+        dtype = torch.promote_types(self.weight.dtype, embeddings.dtype)
+        weight, rows = self.weight.to(dtype), embeddings.to(dtype)
+        weight = unit(weight) if self.normalize_weight else weight
+        rows = unit(rows) if self.normalize_features else rows
         logits = self.scale * (rows @ weight.T) if self.scale != 1.0 else rows @ weight.T
         return logits if self.bias is None else logits + self.bias
 
@@ -175,15 +178,16 @@ class Features:
 
         This is the one place where a batch is cast; layers keep their type.
         """
-        device = self.device
-        wide = {"dtype": torch.float64, "device": device if device.type != "mps" else "cpu"}
+        device = self.device if self.device.type != "mps" else torch.device("cpu")
+        wide = torch.float64
+        # The head is copied: what is kept of it must not follow a model that is trained further.
         return replace(
             self,
-            embeddings=None if self.embeddings is None else self.embeddings.to(**wide),
-            logits=None if self.logits is None else self.logits.to(**wide),
-            labels=None if self.labels is None else self.labels.to(wide["device"]),
-            ids=None if self.ids is None else self.ids.to(wide["device"]),
-            head=None if self.head is None else self.head.to(**wide),
+            embeddings=None if self.embeddings is None else self.embeddings.to(device, wide),
+            logits=None if self.logits is None else self.logits.to(device, wide),
+            labels=None if self.labels is None else self.labels.to(device),
+            ids=None if self.ids is None else self.ids.to(device),
+            head=None if self.head is None else self.head.to(device, wide, copy=True),
         )
 
     def check_finite(self, stage: str) -> Features:
@@ -203,7 +207,7 @@ class Features:
 
     @staticmethod
     def cat(batches: Iterable[Features]) -> Features:
-        """Batches one after another; a field is kept if every batch has it, the head is the first's."""
+        """Batches one after another; a field is kept if all have it, the head is the first's."""
         parts = list(batches)
         if not parts:
             raise DataError("there are no batches to put together")

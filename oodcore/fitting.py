@@ -48,6 +48,11 @@ class Fitting:
             self.spool = Spool()
         if held_out and self.holds_out:
             self.held_spool = Spool()
+        # Of fixed recipes too: what is kept of a row must be enough to try a saved detector.
+        needed = frozenset[str]().union(
+            *(recipe.needs(fitting=True) for recipe in self.recipes.values())
+        )
+        self._layers = frozenset(n.partition(".")[2] for n in needed if n.startswith("layers."))
         self._example: Features | None = None
         self._folds: dict[str, tuple[FeatureStore, Progress]] | None = None
 
@@ -80,6 +85,7 @@ class Fitting:
         Raises:
             DataError: a label outside ``0..K-1``, or rows of another kind than those before.
         """
+        features = self._stripped(features)
         if self._example is None:
             self._begin(features)
         self._refuse_others(features)
@@ -107,6 +113,7 @@ class Fitting:
             return
         if self._example is None or self.classes is None:
             raise DataError("there is no row to fit on before those held out")
+        features = self._stripped(features)
         self._refuse_others(features, labels=False)
         check_labels(features.labels, self.classes, self.held_rows)
         self.held_spool.append(replace(features, head=self._example.head))
@@ -133,14 +140,15 @@ class Fitting:
     def only(self, name: str) -> Fitting:
         """The same for one recipe alone, going on apart from this one."""
         other = Fitting({name: self.recipes[name]}, self.classes, self.held_out)
-        other.rows, other._example = self.rows, self._example
+        assert self._example is not None
+        other.rows, other._example = self.rows, other._stripped(self._example)
         progress = other._progress(self.recipes[name])
         if store := self.stores.get(progress.place()):
             other.stores = {progress.place(): store.copy(progress.statistics())}
         if other.spool is not None and self.spool is not None:
-            other.spool = self.spool.copy()
+            other.spool = self.spool.copy(other._layers)
         if other.held_spool is not None and self.held_spool is not None:
-            other.held_spool = self.held_spool.copy()
+            other.held_spool = self.held_spool.copy(other._layers)
         return other
 
     def repeat(self) -> None:
@@ -213,6 +221,14 @@ class Fitting:
             )
         self._example = _owned(features[:1].detach())
         self.classes = class_count(features, self.classes)
+
+    def _stripped(self, features: Features) -> Features:
+        """Features without the layers that only others need."""
+        kept = {name: value for name, value in features.layers.items() if name in self._layers}
+        if len(kept) == len(features.layers):
+            return features
+        bare = features.embeddings is None and features.logits is None and not kept
+        return features if bare else replace(features, layers=kept)
 
     def _refuse_others(self, features: Features, labels: bool = True) -> None:
         """Raise a DataError if these rows are not of the kind of the first ones."""

@@ -19,8 +19,11 @@ from oodcore.search import MORE, SPARE, Proposer
 MEMORY_LIMIT = 256 * 2**20
 """Bytes of rows kept in memory; what comes after lies in unnamed temporary files."""
 
-CHUNK = 2**17
+CHUNK = 2**16
 """Numbers that a step over pairs of rows holds at once: they fit a processor's cache."""
+
+WIDE_CHUNK = 2**24
+"""The same on other devices, which want few and large steps."""
 
 Metric = Literal["l2", "inner_product"]
 
@@ -368,7 +371,8 @@ class Index:
 
     def _values(self, queries: Tensor, found: Tensor) -> Tensor:
         """Distances or products of each query and its rows ``[N, m]``, ``[N, m]``."""
-        chunk = max(1, CHUNK // max(1, found.shape[1] * queries.shape[1]))
+        room = CHUNK if queries.device.type == "cpu" else WIDE_CHUNK
+        chunk = max(1, room // max(1, found.shape[1] * queries.shape[1]))
         pairs = zip(torch.split(queries, chunk), torch.split(found, chunk), strict=True)
         return torch.cat([self._chunk_values(some, numbers) for some, numbers in pairs])
 

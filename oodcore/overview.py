@@ -58,7 +58,7 @@ class Overview:
 
     def __init__(self, results: Results, metric: str = "auroc") -> None:
         self._results = results
-        self._blocks = (_over_sets(results), _on_each(results, metric))
+        self._blocks = (_means(results, metric), _on_each(results, metric))
         self._models: dict[str, dict[str, str]] = {}
         models = {entry.name: entry.model for entry in results.entries}
         for name in results.ranked(metric):
@@ -81,14 +81,13 @@ class Overview:
         """The columns side by side; if there is no room for that, block by block."""
         everything = [numbers for block in self._blocks for numbers in block]
         for block in (everything,) if _width(everything) <= room else self._blocks:
-            chunk: list[_Numbers] = []
-            for numbers in block:
-                if chunk and _width([*chunk, numbers]) > room:
-                    yield chunk
-                    chunk = []
-                chunk.append(numbers)
-            if chunk:
-                yield chunk
+            chunks = _filled(block, room)
+            # Tables of about the same width, rather than wide ones and a rest.
+            for less in range(room - 1, 0, -1):
+                if len(tighter := _filled(block, less)) > len(chunks):
+                    break
+                chunks = tighter
+            yield from chunks
 
     def _table(self, chunk: Sequence[_Numbers], first: int) -> Iterator[RenderableType]:
         """A head, and below it the detectors of each model."""
@@ -154,30 +153,39 @@ def _grid(chunk: Sequence[_Numbers], first: int, *, header: bool) -> Table:
     return table
 
 
-def _over_sets(results: Results) -> list[_Numbers]:
-    """The mean of every metric over all OOD sets, and the false alarms."""
+def _means(results: Results, metric: str) -> list[_Numbers]:
+    """The mean of every metric over all OOD sets, the false alarms, one metric's other means."""
     mean = ["mean"] if len(results.ood_data) > 1 else []
-    means = [
-        _Numbers(Column("mean", metric, MEAN, ALL), (*mean, *_title(metric)))
-        for metric in SEPARATION
+    members = Counter(ood.group for ood in results.ood_data)
+    over_all = [
+        _Numbers(Column("mean", each, MEAN, ALL), (*mean, *_title(each))) for each in SEPARATION
     ]
-    alarms = [c for c in columns(results) if c.metric == "false_alarm_rate"]
-    return means + [_Numbers(column, ("false", "alarms")) for column in alarms]
+    others = []
+    for column in columns(results, metric):
+        if column.metric == "false_alarm_rate":
+            over_all.append(_Numbers(column, ("false", "alarms")))
+        elif column.data == MEAN and members[column.group] > 1:
+            others.append(_Numbers(column, (column.group, "mean", *_title(metric))))
+    return over_all + others
 
 
 def _on_each(results: Results, metric: str) -> list[_Numbers]:
-    """One metric on every OOD set, after the means over groups of several; checks the metric.
-
-    Of a single set the means have told all.
-    """
-    members = Counter(ood.group for ood in results.ood_data)
-    several = len(results.ood_data) > 1
+    """One metric on every OOD set; of a single one the means have told all."""
     return [
         _Numbers(column, (*_title(metric), column.title))
         for column in columns(results, metric)
-        if column.metric in SEPARATION and several
-        if column.data != MEAN or members[column.group] > 1
+        if column.metric in SEPARATION and column.data != MEAN and len(results.ood_data) > 1
     ]
+
+
+def _filled(block: Sequence[_Numbers], room: int) -> list[list[_Numbers]]:
+    """Columns in turn, in as few tables as have room for them."""
+    chunks: list[list[_Numbers]] = []
+    for numbers in block:
+        if not chunks or _width([*chunks[-1], numbers]) > room:
+            chunks.append([])
+        chunks[-1].append(numbers)
+    return chunks
 
 
 def _title(metric: str) -> tuple[str, ...]:

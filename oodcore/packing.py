@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -112,7 +113,6 @@ class _Ensemble(_Strict):
 
 
 Form = TypeVar("Form", bound=_Strict)
-Result = TypeVar("Result")
 
 
 def versions(components: Iterable[Component]) -> dict[str, str]:
@@ -356,8 +356,8 @@ def _rebuilt(saved: _Detector, model: Any, allow: frozenset[str]) -> Detector:
 
 def _resumed(saved: _Store, detector: Detector) -> Fitting:
     """The fitting that was saved, if it can go on: with one row more, as a trial."""
-    recipes = {detector.name: detector.recipe}
-    fitting: Fitting = _attempt(lambda: Fitting.unpacked(saved.model_dump(), recipes), "store")
+    with _blamed("store"):
+        fitting = Fitting.unpacked(saved.model_dump(), {detector.name: detector.recipe})
     if "inputs" not in fitting.needs():
         _attempt(lambda: fitting.only(detector.name).repeat(), "store")
     return fitting
@@ -423,17 +423,25 @@ def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def _attempt(work: Callable[[], Result], what: str) -> Result | None:
-    """Do what would be done with what was read; a failure is the artifact's fault."""
+@contextmanager
+def _blamed(what: str) -> Iterator[None]:
+    """Whatever fails within is the artifact's fault."""
     try:
         with torch.no_grad():
-            return work()
-    except DataError as error:
-        if "not finite" in str(error):
-            return None
-        raise ArtifactError(f"the {what} does not fit the configuration: {error}") from error
+            yield
     except Exception as error:
-        raise ArtifactError(f"the {what} does not fit the configuration: {error!r}") from error
+        told = str(error) if isinstance(error, OodcoreError) else repr(error)
+        raise ArtifactError(f"the {what} does not fit the configuration: {told}") from error
+
+
+def _attempt(work: Callable[[], Any], what: str) -> None:
+    """Do what would be done with what was read; made-up rows may give what is not finite."""
+    with _blamed(what):
+        try:
+            work()
+        except DataError as error:
+            if "not finite" not in str(error):
+                raise
 
 
 def _calibrate(decision: Decision, saved: _Calibration | None) -> None:

@@ -26,7 +26,7 @@ GROUP = "oodcore"
 OWN = "oodcore"
 SLOTS: Mapping[str, str] = {
     "extractor": "oodcore.extractor:Extractor",
-    "statistic": "oodcore.statistics:Statistic",
+    "statistic": "oodcore.statistic:Statistic",
     "scorer": "oodcore.scorer:Scorer",
     "shaper": "oodcore.scorer:Shaper",
     "regularizer": "oodcore.regularizer:Regularizer",

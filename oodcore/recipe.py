@@ -149,7 +149,7 @@ def own(state: Any, who: str, name: str = "") -> Any:
         )
     if odd := [key for key in state if not isinstance(key, str) or not _NAME.fullmatch(key)]:
         raise ConfigurationError(
-            f"what {who} has learnt has the name {odd[0]!r}; names are made of a-z, 0-9 and _"
+            f"what {who} has learnt has the name {odd[0]!r}, which is not made of a-z, 0-9 and _"
         )
     return {key: own(value, who, f"{name}.{key}" if name else key) for key, value in state.items()}
 

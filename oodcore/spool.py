@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -60,11 +60,14 @@ class Spool:
             }
             yield Features(**plain, layers=layers, head=self.head).double()  # type: ignore[arg-type]
 
-    def copy(self) -> Spool:
-        """A spool that goes on apart from this one."""
+    def copy(self, layers: Container[str]) -> Spool:
+        """A spool that goes on apart from this one, with some of its layers."""
         other = Spool()
-        other.columns = {name: rows.copy() for name, rows in self.columns.items()}
-        other.types, other.head = dict(self.types), self.head
+        for name, rows in self.columns.items():
+            prefix, _, layer = name.partition(".")
+            if prefix != "layers" or layer in layers:
+                other.columns[name], other.types[name] = rows.copy(), self.types[name]
+        other.head = self.head
         return other
 
     def packed(self) -> dict[str, Any]:

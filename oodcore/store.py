@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from oodcore.component import canonical
@@ -80,7 +79,8 @@ class FeatureStore:
         """Take in a batch; returns the store.
 
         Raises:
-            DataError: a label outside ``0..K-1`` (named with its row), or labels in some batches only.
+            DataError: a label outside ``0..K-1`` (named with its row), or labels in some batches
+                only.
         """
         features = features.double()
         self._begin(features)
@@ -332,5 +332,3 @@ def unpacked_head(packed: dict[str, Any] | None) -> Head | None:
         packed["normalize_features"],
         packed["scale"],
     )
-
-

@@ -86,7 +86,7 @@ def _explained(error: BaseException) -> int:
     if isinstance(error, _UsageError):
         context = getattr(error, "ctx", None)
         path = context.command_path if context else "oodcore"
-        streams.complain(f"{error.format_message()} See '{path} --help'.")
+        streams.complain(f"{error.format_message().rstrip('.')}. See '{path} --help'.")
         return MISUSED
     if isinstance(error, OodcoreError):
         streams.complain(str(error))

@@ -44,7 +44,7 @@ class Check:
 
     def __call__(self) -> None:
         who = f"{self.component.slot} '{type(self.component).kind}', {self.name}"
-        with warnings.catch_warnings(), _one_thread():
+        with warnings.catch_warnings(), one_thread():
             # What a component warns of (few rows, a constant score) is meant for its users.
             warnings.simplefilter("ignore", UserWarning)
             try:
@@ -56,7 +56,7 @@ class Check:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Within it, torch computes in one thread: sums are repeatable, and small tensors fast."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

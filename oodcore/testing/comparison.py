@@ -98,8 +98,8 @@ def apart(a: Tensors, b: Tensors, tolerance: float = TOLERANCE) -> str | None:
         if not one.numel():
             continue
         finite = two[torch.isfinite(two)].abs()
-        usual = finite.median() + 1e-6 * finite.max() + TINY if finite.numel() else TINY
-        gap = (one - two).abs() > tolerance * (two.abs() + usual)
+        usual = finite.median() + 1e-6 * finite.max() if finite.numel() else 0.0
+        gap = (one - two).abs() > tolerance * (two.abs() + usual) + TINY
         wrong = (one != two) & (gap | ~torch.isfinite(one) | ~torch.isfinite(two))
         if bool(wrong.any()):
             place = [int(index) for index in wrong.nonzero()[0]]

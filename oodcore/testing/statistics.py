@@ -31,7 +31,7 @@ from oodcore.testing.comparison import (
 from oodcore.testing.description import configured, documented
 from oodcore.testing.learning import legal
 from oodcore.testing.subject import stripped
-from oodcore.testing.toy import Network, Sizes, features_of, problem
+from oodcore.testing.toy import USUAL, Network, Sizes, features_of, problem
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Summary:
     statistic: Statistic
     tolerance: float = TOLERANCE
     network: Network | None = None
-    sizes: Sizes = Sizes()
+    sizes: Sizes = USUAL
 
     def features(self, sizes: Sizes | None = None, device: str = "cpu") -> Features:
         """The training rows of a toy problem."""

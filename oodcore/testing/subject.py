@@ -17,7 +17,7 @@ from oodcore.recipe import Learnt, Recipe, shaped
 from oodcore.scorer import Scorer, Shaper, put_state, tree
 from oodcore.statistics import State, Statistic
 from oodcore.store import FeatureStore
-from oodcore.testing.toy import Network, Problem, Sizes, features_of, in_parts, problem
+from oodcore.testing.toy import USUAL, Network, Problem, Sizes, features_of, in_parts, problem
 
 Edit = Callable[[Features], Features]
 
@@ -49,7 +49,7 @@ class Subject:
     part: Scorer | Shaper
     floor: float | None = None
     network: Network | None = None
-    sizes: Sizes = Sizes()
+    sizes: Sizes = USUAL
 
     @property
     def recipe(self) -> Recipe:

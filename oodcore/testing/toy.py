@@ -35,6 +35,9 @@ class Sizes:
     tested: int = 40
 
 
+USUAL = Sizes()
+
+
 class ToyNetwork(nn.Module):
     """A classifier of inputs ``[N, D, S, S]`` that are activations already, in float64.
 
@@ -162,7 +165,7 @@ class Problem:
 def problem(
     layers: Sequence[str] = (),
     network: Network | None = None,
-    sizes: Sizes = Sizes(),
+    sizes: Sizes = USUAL,
 ) -> Problem:
     """A toy problem of some sizes; nothing is shared with another one.
 

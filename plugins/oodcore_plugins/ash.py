@@ -59,14 +59,18 @@ class ASH(Shaper):
             return features.with_embeddings(torch.where(kept, level, 0.0))
         pruned = torch.where(kept, rows, 0.0)
         if self.variant == "s":
-            pruned = pruned * growth(rows, kept, self.kind)
+            pruned = pruned * growth(rows, kept, self.percentile, self.kind)
         return features.with_embeddings(pruned)
+
+
+def kept_of(size: int, percentile: float) -> int:
+    """k, how many of D activations are kept."""
+    return max(1, size - round(size * percentile / 100))
 
 
 def largest(rows: Tensor, percentile: float) -> Tensor:
     """Which activations of each row ``[N, D]`` are its k largest, the first among equals."""
-    size = rows.shape[1]
-    k = max(1, size - round(size * percentile / 100))
+    k = kept_of(rows.shape[1], percentile)
     limit = rows.detach().topk(k, dim=1).values[:, -1:]
     above, equal = rows > limit, rows == limit
     room = k - above.sum(dim=1, keepdim=True)
@@ -82,17 +86,18 @@ def ratio(rows: Tensor, kept: Tensor) -> Tensor:
     return torch.where(empty, 1.0, whole / part.masked_fill(empty, 1.0))
 
 
-def growth(rows: Tensor, kept: Tensor, who: str) -> Tensor:
+def growth(rows: Tensor, kept: Tensor, percentile: float, who: str) -> Tensor:
     """``exp(s1 / s2)`` of each row, ``[N, 1]``.
 
     Raises:
         ConfigurationError: so few activations are kept that it can overflow.
     """
-    count = int(kept[0].sum()) if len(kept) else rows.shape[1]
-    if rows.shape[1] > LARGEST_EXPONENT * count:
+    size = rows.shape[1]
+    count = kept_of(size, percentile)
+    if size > LARGEST_EXPONENT * count:
         raise ConfigurationError(
-            f"{who}: {count} of {rows.shape[1]} activations are kept, and exp(s1 / s2) can leave "
-            "the range of numbers; give a lower percentile"
+            f"{who}: {count} of {size} activations are kept, and exp(s1 / s2) can leave the range "
+            "of numbers; give a lower percentile"
         )
     return ratio(rows, kept).exp()
 

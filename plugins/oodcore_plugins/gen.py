@@ -15,9 +15,9 @@ from oodcore.statistics import State
 
 
 class GEN(Scorer):
-    """``-sum_k p_k^gamma (1 - p_k)^gamma`` over the ``top`` largest softmax probabilities, at most 0.
+    """``-sum_k p_k^gamma (1 - p_k)^gamma`` over the ``top`` largest probabilities, at most 0.
 
-    0 for a certain prediction, and for every row where there is one class. 1 - p is computed as the
+    With ``p = softmax(z)``. It is 0 for a certain prediction, and for every row where there is one class. 1 - p is computed as the
     sum of the other probabilities, so that confident rows do not tie. The sum is the paper's; some
     implementations take the mean, a constant factor. Equal probabilities at the cut are
     interchangeable.
@@ -49,7 +49,7 @@ class GEN(Scorer):
 
 
 def log_variance(logits: Tensor) -> Tensor:
-    """``log(p (1 - p))`` with ``p = softmax(z)``, ``[N, K]``, without cancellation where p is near 1.
+    """``log(p (1 - p))`` with ``p = softmax(z)``, ``[N, K]``, right where p is near 1 too.
 
     With one class it is minus infinity.
     """

@@ -19,13 +19,17 @@ CHUNK = 2**22
 
 
 class GradNorm(Scorer):
-    """The L1 norm of ``d KL(u || softmax(z / T)) / dW``, u uniform and W the head's weight, at least 0.
+    """The L1 norm of ``d KL(u || softmax(z / T)) / dW``, u uniform, W the head's weight.
 
-    For a linear head ``z = W h + b`` it is ``(1/T) ||h||_1 sum_k |p_k - 1/K|`` with
-    ``p = softmax(z / T)``; for a cosine head with scale s, ``(s/T) sum_k |p_k - 1/K| ||h^ - (h^'
-    w^_k) w^_k||_1 / ||w_k||`` with unit vectors h^ and w^_k, which does not depend on the norm of h.
-    The bias has no part in it. A zero embedding, a uniform softmax and a single class give 0; so
-    does a class whose weight is zero, for its part, under ``cosine``.
+    For a linear head ``z = W h + b``, and for a cosine head of scale s with unit vectors h^ and w^,
+    it is in closed form, with ``p = softmax(z / T)``:
+
+        linear: (1/T) ||h||_1 sum_k |p_k - 1/K|
+        cosine: (s/T) sum_k |p_k - 1/K| ||h^ - (h^' w^_k) w^_k||_1 / ||w_k||
+
+    The second does not depend on the norm of h. The bias has no part in it. It is at
+    least 0: a zero embedding, a uniform softmax and a single class give 0; under ``cosine`` a class whose weight is zero adds
+    nothing.
 
     The references give the linear form whatever the head is, and most of them K times this number
     (a target of ones); neither changes the ranking.
@@ -70,7 +74,7 @@ def slopes(rows: Tensor, head: Head) -> Tensor:
     inverse = torch.where(norms > EPS, 1 / norms.clamp_min(EPS), 0.0)
     size = max(1, CHUNK // max(1, weight.numel()))
     parts = []
-    for some in rows.split(size):
+    for some in torch.split(rows, size):
         along = (some @ weight.T)[:, :, None] * weight
         parts.append((some[:, None] - along).abs().sum(dim=2))
     return head.scale * inverse * torch.cat(parts)

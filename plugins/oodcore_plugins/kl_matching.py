@@ -49,7 +49,8 @@ class KLMatching(Scorer):
         softmax, templates = logs.exp(), state["templates"]
         # The entropy is the same for all templates, and the cross-entropy is one product.
         nearest = (softmax.detach() @ templates.T).argmax(dim=1)
-        return (softmax * (templates[nearest] - logs)).sum(dim=1)
+        divergence: Tensor = (softmax * (templates[nearest] - logs)).sum(dim=1)
+        return divergence
 
 
 @hookimpl

@@ -57,8 +57,7 @@ class KNN(Scorer):
     def score(self, features: Features, state: State) -> Tensor:
         bank = state["bank"]
         rows = required(features.embeddings, "embeddings")
-        distances, _ = bank.search(rows, min(self.k, len(bank)))
-        return -distances[:, -1]
+        return -bank.kth(rows, min(self.k, len(bank)))
 
 
 @hookimpl

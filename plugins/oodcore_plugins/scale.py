@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from oodcore import Features, Paper, Shaper, hookimpl
 from oodcore.features import required
 from oodcore.hookspecs import Register
@@ -38,9 +36,9 @@ class SCALE(Shaper):
         return frozenset({"embeddings"})
 
     def apply(self, features: Features, state: State) -> Features:
-        rows: Tensor = required(features.embeddings, "embeddings")
+        rows = required(features.embeddings, "embeddings")
         kept = largest(rows, self.percentile)
-        return features.with_embeddings(rows * growth(rows, kept, self.kind))
+        return features.with_embeddings(rows * growth(rows, kept, self.percentile, self.kind))
 
 
 @hookimpl

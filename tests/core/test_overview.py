@@ -110,9 +110,17 @@ def test_one_set_has_no_mean_and_no_column_of_its_own():
 
 
 def test_a_group_of_one_set_has_no_mean():
-    text = " ".join(drawn(benchmark(), 200).split())
-    assert "far mean" in text
-    assert "near mean" not in text
+    head, _, _ = drawn(benchmark(), 200).partition("─")
+    assert "far" in head.split()
+    assert "near" not in head.split()
+
+
+def test_tables_share_their_columns_evenly():
+    sets = {f"set number {number}": "" for number in range(7)}
+    heads = [
+        line for line in drawn(benchmark(sets=sets), 80).splitlines() if line.startswith("detector")
+    ]
+    assert [len(re.findall(r"set number \d", head)) for head in heads] == [0, 4, 3]
 
 
 def test_without_calibration_there_are_no_false_alarms():

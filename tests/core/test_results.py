@@ -307,6 +307,6 @@ def test_the_terminal_table_has_a_line_for_each_detector(results):
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(results.table())
     text = console.export_text()
-    assert "AUROC (%), higher is better" in text
+    assert "AUROC and AUPR: higher is better" in text
     assert "[bold]|odd" in text
     assert f"{100 * results.mean('strong', 'auroc'):.2f}" in text

@@ -17,7 +17,10 @@ from oodcore.testing.description import documented
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-NO_PAPER: dict[tuple[str, str], str] = {}
+NO_PAPER = {
+    ("scorer", "entropy"): "a measure of uncertainty older than any paper on OOD detection",
+    ("scorer", "margin"): "a measure of uncertainty older than any paper on OOD detection",
+}
 """Methods without a paper of their own, and why; combinations are arithmetic."""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import re
 import shutil
 import sys
@@ -17,6 +17,7 @@ from blocks import blocks, run_page
 
 import oodcore
 from oodcore.plugins import registry
+from oodcore.results import Entry, Results
 from oodcore.training import train
 from oodcore_plugins.networks import digits_cnn
 
@@ -98,7 +99,7 @@ def test_code_of_page_runs(
 def test_few_blocks_are_not_run_and_each_says_why() -> None:
     skipped = [block for page in PAGES for block in blocks(page) if block.skipped]
     assert len(skipped) <= 8, [block.where for block in skipped]
-    known = {"not run: ", "varies", "wrong on purpose"}
+    known = {"not run: ", "varies", "example", "wrong on purpose"}
     for block in (block for page in PAGES for block in blocks(page)):
         assert all(any(note.startswith(word) for word in known) for note in block.notes), block
 
@@ -135,14 +136,10 @@ def test_output_that_varies_is_compared_without_its_numbers(tmp_path: Path) -> N
         run_page(page, {})
 
 
-@pytest.fixture(scope="module")
-def generate() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate", DOCS / "generate.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def generate(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(DOCS))
+    return importlib.import_module("generate")
 
 
 def test_check_finds_a_page_that_is_not_current(
@@ -164,6 +161,28 @@ def test_check_finds_a_page_that_is_not_current(
     assert re.fullmatch(r"before\n.*\| `auroc` \|.*\nafter\n", page.read_text(), re.DOTALL)
     monkeypatch.setattr(sys, "argv", ["generate.py", "--check"])
     assert generate.main() == 0
+
+
+def test_readme_shows_the_best_of_a_demonstration(
+    generate: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = {
+        f"net/{name}": {"id_test": [2.0, 3.0], "x": [shift, 0.0], "y": [0.0, shift]}
+        for name, shift in {"worst": 4.0, "best": 1.0, "b": 2.5, "c": 2.5, "d": 2.5}.items()
+    }
+    entries = [Entry(name, "net") for name in scores]
+    groups = {"x": "near", "y": "far"}
+    Results.from_scores(entries, scores, groups=groups).save(tmp_path / "results")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text("<!-- begin: demo -->\n<!-- end: demo -->\n")
+    monkeypatch.setattr(generate, "DOCS", tmp_path / "docs")
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--results", str(tmp_path / "results")])
+    monkeypatch.setenv("OODCORE_PLUGINS", "")
+    assert generate.main() == 0
+    table = (tmp_path / "README.md").read_text()
+    assert "The 4 best of 5 detectors" in table
+    assert "| net | best | 100.00 | 100.00 | 100.00 | 0.00 |  |" in table
+    assert "worst" not in table
 
 
 def test_links_lead_somewhere() -> None:

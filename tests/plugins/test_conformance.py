@@ -28,6 +28,7 @@ from oodcore.testing import (
     statistic_checks,
     statistics,
 )
+from oodcore.testing.check import one_thread
 from oodcore.testing.subject import Subject
 from oodcore.testing.toy import Sizes
 
@@ -65,6 +66,24 @@ EXAMPLES: Mapping[tuple[str, str], tuple[Example, ...]] = {
     ),
     ("scorer", "dml"): (fields(), fields(lam=2.0)),
     ("scorer", "knn"): (fields(), fields(k=3, normalize=False)),
+    ("shaper", "ash"): (
+        Example(options={"floor": None}),
+        fields(variant="p"),
+        fields(variant="b"),
+        fields(percentile=65),
+    ),
+    ("shaper", "scale"): (Example(options={"floor": None}), fields(percentile=0)),
+    ("shaper", "lts"): (Example(options={"floor": None}), fields(percentile=0)),
+    ("shaper", "vra"): (
+        fields(),
+        fields(gain=0.5),
+        fields(low=10, high=90, pooled=True, below="raise"),
+    ),
+    ("shaper", "dice"): (fields(), fields(percentile=0)),
+    ("scorer", "mahalanobis"): (fields(), fields(normalize=True, shrinkage=0.1)),
+    ("scorer", "relative_mahalanobis"): (fields(), fields(normalize=True, shrinkage=0.1)),
+    ("scorer", "residual"): (fields(), fields(dim=3, origin="mean")),
+    ("scorer", "vim"): (fields(), fields(dim=3, origin="mean")),
     ("statistic", "sample"): (
         fields(capacity=20),
         fields(capacity=5, per_class=True),
@@ -140,19 +159,20 @@ SIZES = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(part=st.sampled_from(COMPONENTS["scorer"] + COMPONENTS["shaper"]), sizes=SIZES)
 def test_rows_batches_and_merges_on_any_shape(part, sizes):
     subject = Subject(part, sizes=sizes)
     for law in (laws.rows_apart, laws.output, learning.streaming, learning.merging):
-        with contextlib.suppress(OodcoreError), warnings.catch_warnings():
+        with contextlib.suppress(OodcoreError), one_thread(), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             law(subject)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(part=st.sampled_from(COMPONENTS["statistic"]), sizes=SIZES)
 def test_statistics_merge_on_any_shape(part, sizes):
     summary = statistics.Summary(part, sizes=sizes)
     for law in (statistics.batches, statistics.merging, statistics.far):
-        law(summary)
+        with one_thread():
+            law(summary)
