@@ -34,8 +34,7 @@ Keepable = Literal["embeddings", "logits"]
 
 def _kept(state: State) -> Kept:
     """A view that does not grow when the state does."""
-    rows = {name: value.copy() for name, value in state.items() if name != "hashes"}
-    return Kept(**rows)
+    return Kept(**{name: rows.copy() for name, rows in state.items() if name != "hashes"})
 
 
 class _Keeping(Statistic):
@@ -106,41 +105,53 @@ class Sample(_Keeping):
         return self
 
     def init(self, shape: Shape) -> State:
-        return {**super().init(shape), "hashes": Rows(dtype=torch.int64)}
+        limit = 2**63 if self.fraction is None else int(self.fraction * 2**63)
+        return {
+            **super().init(shape),
+            "hashes": Rows(dtype=torch.int64),
+            "limits": torch.full((shape.K if self.per_class else 1,), limit - 1),
+            "checked": torch.tensor(0),
+        }
 
     def update(self, state: State, features: Features) -> State:
-        columns = self._columns(features)
-        columns["hashes"] = hashed(columns["ids"], self.seed, "sample").to(columns["ids"].device)
-        if self.fraction is not None and self.fraction < 1:
-            taken = columns["hashes"] < int(self.fraction * 2**63)
-            columns = {name: values[taken] for name, values in columns.items()}
+        columns = {name: values.cpu() for name, values in self._columns(features).items()}
+        columns["hashes"] = hashed(columns["ids"], self.seed, "sample")
+        groups = columns["classes"] if self.per_class else torch.zeros_like(columns["ids"])
+        taken = columns["hashes"] <= state["limits"][groups]
         for name, values in columns.items():
-            state[name].append(values)
-        return self._trimmed(state, slack=2)
+            state[name].append(values[taken])
+        if self.capacity is None or len(state["ids"]) <= 2 * max(state["checked"], self.capacity):
+            return state
+        return self._trimmed(state)
 
     def merge(self, a: State, b: State) -> State:
         a, b = self._trimmed(a), self._trimmed(b)
         if bool(torch.isin(a["ids"].tensor(), b["ids"].tensor()).any()):
             raise DataError("samples that share ids cannot be merged: a row would count twice")
-        return self._trimmed({name: rows.joined(b[name]) for name, rows in a.items()})
+        rows = {name: a[name].joined(b[name]) for name in a if isinstance(a[name], Rows)}
+        limits = torch.minimum(a["limits"], b["limits"])
+        return self._trimmed({**rows, "limits": limits, "checked": a["checked"]})
 
     def view(self, state: State) -> Kept:
         trimmed = self._trimmed(state)
-        order = trimmed["hashes"].tensor().argsort()
-        return _kept({name: Rows.of(rows[order]) for name, rows in trimmed.items()})
+        order = trimmed["hashes"].tensor().argsort(stable=True)
+        rows = {n: Rows.of(v[order]) for n, v in trimmed.items() if isinstance(v, Rows)}
+        return _kept(rows)
 
-    def _trimmed(self, state: State, slack: int = 1) -> State:
-        """The state with no more rows than it may keep; below ``slack`` times that, as it is."""
-        if self.capacity is None or len(state["ids"]) <= slack * self.capacity:
+    def _trimmed(self, state: State) -> State:
+        """The state with no more rows than it may keep.
+
+        Its limits are the largest hashes kept, so that most later rows need not be looked at.
+        """
+        if self.capacity is None or len(state["ids"]) <= self.capacity:
             return state
-        hashes, classes = state["hashes"].tensor(), state["classes"].tensor()
-        if not self.per_class:
-            keep = hashes.argsort()[: self.capacity]
-        else:
-            order = hashes.argsort()
-            order = order[classes[order].argsort(stable=True)]
-            first = torch.searchsorted(classes[order], classes[order])
-            keep = order[torch.arange(len(order)) - first < self.capacity]
-            if slack > 1 and len(keep) * slack > len(order):
-                return state
-        return {name: Rows.of(rows[keep]) for name, rows in state.items()}
+        hashes, limits = state["hashes"].tensor(), state["limits"].clone()
+        groups = state["classes"].tensor() if self.per_class else torch.zeros_like(hashes)
+        order = hashes.argsort(stable=True)
+        order = order[groups[order].argsort(stable=True)]
+        first = torch.searchsorted(groups[order], groups[order])
+        rank = torch.arange(len(order)) - first
+        last, keep = order[rank == self.capacity - 1], order[rank < self.capacity]
+        limits[groups[last]] = hashes[last]
+        rows = {n: Rows.of(v[keep]) for n, v in state.items() if isinstance(v, Rows)}
+        return {**rows, "limits": limits, "checked": torch.tensor(len(keep))}

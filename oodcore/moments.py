@@ -74,10 +74,17 @@ class ClassMoments(Statistic):
 
     def update(self, state: State, features: Features) -> State:
         rows, classes = required(features.embeddings, "embeddings"), assigned(features)
-        count = _sums(torch.ones_like(rows[:, 0]), classes, len(state["count"]))
-        mean = _sums(rows, classes, len(count)) / count.clamp_min(1)[:, None]
-        inside = rows - mean[classes]
-        return self.merge(state, {"count": count, "mean": mean, "scatter": inside.T @ inside})
+        present, place = classes.unique(return_inverse=True)
+        count = _sums(torch.ones_like(rows[:, 0]), place, len(present))
+        mean = _sums(rows, place, len(present)) / count[:, None]
+        before = state["count"][present]
+        share = count / (before + count)
+        shift = mean - state["mean"][present]
+        inside = torch.cat([rows - mean[place], shift * (before * share).sqrt()[:, None]])
+        state["scatter"].addmm_(inside.T, inside)
+        state["mean"].index_add_(0, present, shift * share[:, None])
+        state["count"].index_add_(0, present, count)
+        return state
 
     def merge(self, a: State, b: State) -> State:
         count = a["count"] + b["count"]
@@ -92,13 +99,14 @@ class ClassMoments(Statistic):
         }
 
     def view(self, state: State) -> Moments:
-        return Moments(state["count"], state["mean"], state["scatter"])
+        return Moments(*(state[name].clone() for name in ("count", "mean", "scatter")))
 
 
 @dataclass(frozen=True)
 class Norms:
-    """Norms of embeddings per class: ``count``, ``mean``, ``variance`` (divided by the count),
     """Norms of embeddings per class: ``count``, ``mean``, ``variance`` (over the count),
+    ``minimum`` and ``maximum``, each ``[K]``; an absent class has count 0, and infinite
+    extremes."""
 
     count: Tensor
     mean: Tensor
@@ -156,10 +164,10 @@ class NormMoments(Statistic):
         }
 
     def view(self, state: State) -> Norms:
-        count, absent = state["count"], state["count"] == 0
+        count, absent = state["count"].clone(), state["count"] == 0
         return Norms(
             count,
-            state["mean"],
+            state["mean"].clone(),
             state["squares"] / count.clamp_min(1),
             state["minimum"].masked_fill(absent, float("inf")),
             state["maximum"].masked_fill(absent, float("-inf")),
@@ -191,38 +199,35 @@ class LogitMoments(Statistic):
         return frozenset({"logits"})
 
     def init(self, shape: Shape) -> State:
-        one = torch.zeros(shape.K, dtype=torch.float64, device=shape.device)
-        square = torch.zeros(shape.K, shape.K, dtype=torch.float64, device=shape.device)
+        zeros = torch.zeros(shape.K, shape.K + 1, dtype=torch.float64, device=shape.device)
         return {
-            "count": one,
-            "predicted_count": one.clone(),
-            "by_class": square,
-            "by_predicted": square.clone(),
+            "count": zeros[:, 0].clone(),
+            "predicted_count": zeros[:, 0].clone(),
+            "by_class": zeros[:, 1:].clone(),
+            "by_predicted": zeros[:, 1:].clone(),
         }
 
     def update(self, state: State, features: Features) -> State:
         softmax = required(features.logits, "logits").softmax(dim=1)
-        batch = {}
-        for names, classes in (
-            (("count", "by_class"), assigned(features)),
-            (("predicted_count", "by_predicted"), features.predicted),
+        ones = torch.ones_like(softmax[:, 0])
+        for classes, count, total in (
+            (assigned(features), "count", "by_class"),
+            (features.predicted, "predicted_count", "by_predicted"),
         ):
-            count = _sums(torch.ones_like(softmax[:, 0]), classes, len(state["count"]))
-            batch[names[0]] = count
-            batch[names[1]] = _sums(softmax, classes, len(count)) / count.clamp_min(1)[:, None]
-        return self.merge(state, batch)
+            state[count].index_add_(0, classes, ones)
+            state[total].index_add_(0, classes, softmax)
+        return state
 
     def merge(self, a: State, b: State) -> State:
-        merged = {}
-        for name, mean in (("count", "by_class"), ("predicted_count", "by_predicted")):
-            merged[name] = a[name] + b[name]
-            share = (b[name] / merged[name].clamp_min(1))[:, None]
-            merged[mean] = a[mean] + (b[mean] - a[mean]) * share
-        return merged
+        return {name: total + b[name] for name, total in a.items()}
 
     def view(self, state: State) -> Logits:
+        count, predicted = state["count"].clone(), state["predicted_count"].clone()
         return Logits(
-            state["count"], state["predicted_count"], state["by_class"], state["by_predicted"]
+            count,
+            predicted,
+            state["by_class"] / count.clamp_min(1)[:, None],
+            state["by_predicted"] / predicted.clamp_min(1)[:, None],
         )
 
 
@@ -244,20 +249,19 @@ class CorrectMeans(Statistic):
 
     def init(self, shape: Shape) -> State:
         zeros = torch.zeros(shape.K, shape.D, dtype=torch.float64, device=shape.device)
-        return {"count": zeros.new_zeros(shape.K), "mean": zeros}
+        return {"count": zeros.new_zeros(shape.K), "total": zeros}
 
     def update(self, state: State, features: Features) -> State:
         classes = assigned(features)
         correct = classes == features.predicted
         rows, classes = required(features.embeddings, "embeddings")[correct], classes[correct]
-        count = _sums(rows.new_ones(len(rows)), classes, len(state["count"]))
-        mean = _sums(rows, classes, len(count)) / count.clamp_min(1)[:, None]
-        return self.merge(state, {"count": count, "mean": mean})
+        state["count"].index_add_(0, classes, rows.new_ones(len(rows)))
+        state["total"].index_add_(0, classes, rows)
+        return state
 
     def merge(self, a: State, b: State) -> State:
-        count = a["count"] + b["count"]
-        share = (b["count"] / count.clamp_min(1))[:, None]
-        return {"count": count, "mean": a["mean"] + (b["mean"] - a["mean"]) * share}
+        return {name: total + b[name] for name, total in a.items()}
 
     def view(self, state: State) -> Means:
-        return Means(state["count"], state["mean"])
+        count = state["count"].clone()
+        return Means(count, state["total"] / count.clamp_min(1)[:, None])

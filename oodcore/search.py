@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,9 @@ SPARE = 8
 
 MORE = 256
 """Candidates beyond k where that room was too small."""
+
+LARGEST_SIZE = 4096
+"""Up to which sizes in a factory string need not be compared with the number of rows."""
 
 ROUNDING = {"highest": 2.0**-24, "high": 2.0**-11, "medium": 2.0**-8}
 """The rounding of a product of float32 matrices, by torch's global setting."""
@@ -145,9 +149,10 @@ class Proposer:
         assert faiss is not None
         index = self.index
         metric = faiss.METRIC_L2 if index.metric == "l2" else faiss.METRIC_INNER_PRODUCT
+        _refuse_absurd(index.factory, len(index))
         try:
             engine = faiss.index_factory(index.rows.shape[0], index.factory, metric)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             raise ConfigurationError(
                 f"faiss knows no index '{index.factory}': {_reason(error)}"
             ) from None
@@ -158,13 +163,13 @@ class Proposer:
         try:
             if not engine.is_trained:
                 engine.train(torch.cat([block.float() for block in self._blocks()]).numpy())
-        except RuntimeError as error:
+            for block in self._blocks():
+                engine.add(block.float().numpy())
+        except (RuntimeError, MemoryError) as error:
             raise ConfigurationError(
                 f"the index '{index.factory}' cannot be built from {len(index)} rows: "
                 f"{_reason(error)}"
             ) from None
-        for block in self._blocks():
-            engine.add(block.float().numpy())
         return engine
 
     def _search(self, narrow: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -227,8 +232,22 @@ def faiss_module() -> ModuleType | None:
     return module
 
 
-def _reason(error: RuntimeError) -> str:
-    return str(error).splitlines()[-1][:200]
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[-1][:200]
+
+
+def _refuse_absurd(factory: str, rows: int) -> None:
+    """Raise a ConfigurationError for numbers that faiss would end the process over, or never end.
+
+    A factory may come from an artifact that somebody else wrote.
+    """
+    most = max(rows, LARGEST_SIZE)
+    wrong = [digits for digits in re.findall(r"[0-9]+", factory) if not 0 < int(digits) <= most]
+    if wrong or len(factory) > 100:
+        told = (
+            f"sizes in it go from 1 to {most}, not {wrong[0][:20]}" if wrong else "it is too long"
+        )
+        raise ConfigurationError(f"faiss knows no index '{factory[:100]}': {told}")
 
 
 _searching = threading.Lock()

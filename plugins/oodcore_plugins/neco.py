@@ -26,7 +26,7 @@ class NECO(Scorer):
     components of the standardised training rows. A row at the training mean scores 0. A negative
     largest logit reverses what the quotient says of a row. Labels are not used.
 
-    The paper multiplies by the largest logit for all networks but ResNets. The authors' code
+    The authors' code multiplies by the largest logit for all networks but ResNets. It
     divides by the norm of the embedding as it is for two families of transformers (Swin, DeiT);
     there a zero embedding scores 0.
 
@@ -65,7 +65,7 @@ class NECO(Scorer):
             )
         centre, covariance = moments.total_mean, moments.total_covariance
         spread = covariance.diagonal().sqrt()
-        spread = spread.masked_fill(spread <= CONSTANT * centre.abs() + EPS, 1.0)
+        spread = spread.masked_fill(spread <= CONSTANT * centre.abs(), 1.0)
         components = torch.linalg.eigh(covariance / spread / spread[:, None]).eigenvectors
         return {"centre": centre, "spread": spread, "components": components[:, -dim:].contiguous()}
 

@@ -99,8 +99,10 @@ class OpenMax(Scorer):
         means = state["means"]
         start = torch.full_like(means[:, 0], UNREACHED)
         shape, scale = torch.ones_like(start), torch.ones_like(start)
-        for number in range(len(means)):
-            distances = rows[rows[:, 0] == number, 1]
+        right = rows[rows[:, 0] >= 0]
+        right = right[right[:, 0].argsort()]
+        counts = right[:, 0].long().bincount(minlength=len(means)).tolist()
+        for number, distances in enumerate(torch.split(right[:, 1], counts)):
             if len(distances):
                 largest = distances.topk(min(self.tail, len(distances))).values
                 start[number] = largest[-1]

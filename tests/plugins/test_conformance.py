@@ -84,6 +84,16 @@ EXAMPLES: Mapping[tuple[str, str], tuple[Example, ...]] = {
     ("scorer", "relative_mahalanobis"): (fields(), fields(normalize=True, shrinkage=0.1)),
     ("scorer", "residual"): (fields(), fields(dim=3, origin="mean")),
     ("scorer", "vim"): (fields(), fields(dim=3, origin="mean")),
+    ("scorer", "neco"): (
+        fields(),
+        fields(dim=2, max_logit=False),
+        Example({"denominator": "raw"}, {"floor": 0.7}),
+    ),
+    ("scorer", "nnguide"): (
+        fields(),
+        fields(k=3, normalize=False),
+        fields(fraction=0.5),
+    ),
     ("statistic", "sample"): (
         fields(capacity=20),
         fields(capacity=5, per_class=True),
