@@ -116,6 +116,11 @@ class Stream:
         return not isinstance(self._data, Iterator | IterableDataset)
 
     @property
+    def whole(self) -> bool:
+        """Whether all rows are here at once: arrays or Features."""
+        return isinstance(self._data, Features | Batch)
+
+    @property
     def rows(self) -> int | None:
         """How many rows there are, where that is known before they are read."""
         data = self._data

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,20 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from oodcore.calibration import Calibration
 from oodcore.component import Component
 from oodcore.config import BenchmarkConfig, Candidate, candidates, read, validate
-from oodcore.data import Adapt, Stream
+from oodcore.data import Adapt, Batch, Source, Stream
 from oodcore.detector import Detector
 from oodcore.errors import ConfigurationError
 from oodcore.extractor import FeatureModel
 from oodcore.features import Features
 from oodcore.packing import versions
 from oodcore.passes import Classes, fit, score, score_labelled
+from oodcore.plugins import registry
 from oodcore.results import Entry, Results
 from oodcore.store import missing_fields
+
+log = logging.getLogger("oodcore")
 
 
 @dataclass(frozen=True)
@@ -171,7 +176,17 @@ def compare(study: Study) -> Outcome:
     """
     detectors, models, left_out = _detectors(study)
     began = time.perf_counter()
-    fit(detectors, study.train, study.held_out, classes=study.classes)
+    try:
+        fit(detectors, study.train, study.held_out, classes=study.classes)
+    except Exception as error:
+        failed = _failing(detectors, study) if study.installed else {}
+        if not failed or len(failed) == len(detectors):
+            raise
+        log.warning("left out of the comparison: %s", "; ".join(map(": ".join, failed.items())))
+        log.debug("the comparison failed first", exc_info=error)
+        left_out |= failed
+        detectors = {name: one for name, one in detectors.items() if name not in failed}
+        fit(detectors, study.train, study.held_out, classes=study.classes)
     fitted = time.perf_counter()
     calibrations = {}
     if study.calibrate is not None:
@@ -191,7 +206,6 @@ def compare(study: Study) -> Outcome:
         Entry(name, models[name], _described(detector), _cited(detector))
         for name, detector in detectors.items()
     ]
-    parts = [part for d in detectors.values() for part in (*d.shapers, d.scorer)]
     seconds = {
         "fitting": round(fitted - began, 3),
         "scoring": round(time.perf_counter() - fitted, 3),
@@ -205,7 +219,7 @@ def compare(study: Study) -> Outcome:
         calibrations=calibrations,
         false_alarm_rate=study.false_alarm_rate if calibrations else None,
         configuration=_configuration(study, left_out),
-        provenance={"plugins": versions(parts), "seconds": seconds},
+        provenance={"plugins": versions(_taking_part(study, detectors)), "seconds": seconds},
     )
     return Outcome(results, detectors)
 
@@ -236,12 +250,69 @@ def _detectors(study: Study) -> tuple[dict[str, Detector], dict[str, str], dict[
 def _unusable(detector: Detector, train: Any) -> str | None:
     """Why a detector cannot work with this data, as far as can be told before reading it."""
     needs = detector.recipe.needs(fitting=True)
-    if "inputs" in needs and detector.extractor is None and detector.model is None:
-        return "needs a model"
-    if isinstance(train, Features):
+    missing: Sequence[str] = ()
+    if detector.extractor is None and detector.model is None:
+        if "inputs" in needs:
+            return "needs a model"
+        sample = _sample(train, detector)
+        missing = missing_fields(needs, sample) if sample is not None else ()
+    elif isinstance(train, Features):
         missing = missing_fields(needs - {"inputs"}, train)
-        return f"needs {', '.join(missing)}" if missing else None
-    return None
+    elif detector.extractor is None and detector.model is not None and detector.model.head is None:
+        missing = sorted(needs & {"head", "logits"})
+    return f"needs {', '.join(missing)}" if missing else None
+
+
+def _sample(train: Any, detector: Detector) -> Features | None:
+    """A few of the rows to fit on, where there is no model and they can be read again."""
+    if isinstance(train, Features):
+        return train
+    stream = Stream(train, adapt=detector.adapt)
+    batch = next(iter(stream), None) if stream.repeatable else None
+    if isinstance(batch, Batch) and isinstance(batch.inputs, Tensor) and batch.inputs.ndim == 2:
+        return Features(embeddings=batch.inputs, labels=batch.labels, ids=batch.ids)
+    return batch if isinstance(batch, Features) else None
+
+
+def _failing(detectors: Mapping[str, Detector], study: Study) -> dict[str, str]:
+    """Why detectors cannot be fitted, each alone, on some of the rows."""
+    failed: dict[str, str] = {}
+    for name, detector in detectors.items():
+        stream = Stream(study.train, batch_size=detector.batch_size, adapt=detector.adapt)
+        if not stream.repeatable:
+            return {}
+        rows: list[Batch | Features] = []
+        for batch in stream:
+            rows.append(batch)
+            if sum(map(len, rows)) >= TRIAL_ROWS:
+                break
+        trial = copy.copy(detector)
+        largest = [int(batch.labels.max()) for batch in rows if batch.labels is not None]
+        classes = study.classes if study.classes is not None else max(largest, default=0) + 1
+        try:
+            fit({name: trial}, rows, rows, classes=classes)
+            trial.score(rows)
+        except Exception as error:  # noqa: BLE001 - whatever a plugin does, the others go on
+            failed[name] = f"{type(error).__name__}: {error}"
+    return failed
+
+
+TRIAL_ROWS = 2048
+
+
+def _taking_part(study: Study, detectors: Mapping[str, Detector]) -> list[Component]:
+    """The components of a study: methods, extractors and sources."""
+    parts: list[Component] = []
+    for detector in detectors.values():
+        parts += [*detector.shapers, detector.scorer]
+        parts += [detector.extractor] if detector.extractor is not None else []
+    rows = [study.train, study.held_out, study.calibrate, study.id_test, *study.ood.values()]
+    for data in rows:
+        if isinstance(data, str) or (isinstance(data, Mapping) and "kind" in data):
+            data = registry.build("source", data)
+        if isinstance(data, Source):
+            parts.append(data)
+    return parts
 
 
 def _described(detector: Detector) -> dict[str, Any]:

@@ -5,26 +5,25 @@ called once, with a function that registers one component class. This is a whole
 
     import oodcore
 
-    class Margin(oodcore.Scorer):
-        \"\"\"The gap between the two largest logits.\"\"\"
+    class Spread(oodcore.Scorer):
+        \"\"\"By how much the largest logit is above their mean.\"\"\"
 
-        kind = "margin"
+        kind = "spread"
 
         def needs(self):
             return frozenset({"logits"})
 
         def score(self, features, state):
-            best = features.logits.topk(2, dim=1).values
-            return best[:, 0] - best[:, 1]
+            return features.logits.amax(dim=1) - features.logits.mean(dim=1)
 
     @oodcore.hookimpl
     def register_scorers(register):
-        register(Margin)
+        register(Spread)
 
 and this is how it is found, in its ``pyproject.toml``:
 
     [project.entry-points.oodcore]
-    margin = "oodcore_margin"
+    spread = "oodcore_spread"
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ class ClassMoments(Statistic):
 
     def update(self, state: State, features: Features) -> State:
         rows, classes = required(features.embeddings, "embeddings"), assigned(features)
-        present, place = classes.unique(return_inverse=True)
+        present, place = torch.unique(classes, return_inverse=True)
         count = _sums(torch.ones_like(rows[:, 0]), place, len(present))
         mean = _sums(rows, place, len(present)) / count[:, None]
         before = state["count"][present]

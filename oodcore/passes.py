@@ -293,13 +293,15 @@ def class_number(classes: Classes) -> int | None:
 
 
 def _largest_label(data: Any, detector: Detector) -> int | None:
-    """K from the labels of all rows, where there is no model to tell it.
+    """K from the labels of all rows, where no logits tell it and they are cheap to read.
 
     Raises:
         ConfigurationError: numbers so large that they can hardly be those of classes.
     """
     stream = Stream(data, adapt=detector.adapt)
-    if detector.model is not None or not stream.repeatable:
+    if not stream.repeatable:
+        return None
+    if detector.model is not None and (detector.model.head is not None or not stream.whole):
         return None
     largest, rows = -1, 0
     for batch in stream:

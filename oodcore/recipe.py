@@ -37,7 +37,7 @@ class Recipe:
     def fixed(self) -> bool:
         """Whether there is nothing to learn at all, not even from the head."""
         shaped = any(type(shaper).fit is not Shaper.fit for shaper in self.shapers)
-        scored = any(type(part).fit is not Scorer.fit for _, part in tree(self.scorer))
+        scored = any(part.learns for _, part in tree(self.scorer))
         return self.stages == 0 and not shaped and not scored
 
     @property
@@ -136,7 +136,9 @@ def own(state: Any, who: str, name: str = "") -> Any:
                 f"what {who} has learnt is not finite ('{name}'): the numbers that it was fitted "
                 "on are too large, too small or too few"
             )
-        return state.detach().clone()
+        # What is made in inference mode cannot take part in a gradient later.
+        with torch.inference_mode(False):
+            return state.detach().clone()
     if isinstance(state, Rows):
         return state.copy()
     if isinstance(state, Index):

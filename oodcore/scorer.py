@@ -64,6 +64,11 @@ class Scorer(Component):
         return type(self).measure is not Scorer.measure
 
     @property
+    def learns(self) -> bool:
+        """Whether there is anything to fit; a scorer whose fields decide it says so here."""
+        return type(self).fit is not Scorer.fit
+
+    @property
     def smooth(self) -> bool:
         """Whether the score, with everything inside it, has a gradient."""
         return self.differentiable and all(part.smooth for _, part in parts(self))
@@ -181,8 +186,8 @@ class Combination(Scorer):
         asked = scores.detach().T.contiguous()
         below = torch.searchsorted(known, asked)
         upto = torch.searchsorted(known, asked, right=True)
-        ranks: Tensor = ((below + upto) / 2 + 0.5).T / (known.shape[1] + 1)
-        return ranks.to(scores.dtype)
+        ranks: Tensor = ((below + upto).T.to(scores) / 2 + 0.5) / (known.shape[1] + 1)
+        return ranks
 
     def score(self, features: Features, state: State) -> Tensor:
         return self.combine(self.normalized(self.member_scores(features, state), state))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from oodcore.component import canonical
@@ -54,6 +56,7 @@ class FeatureStore:
         self._statistics: dict[str, Statistic] = {}
         self._states: dict[str, State] = {}
         self._views: dict[str, Any] = {}
+        self._sizes: dict[str, tuple[int, ...]] = {}
         for statistic in statistics:
             self.add(statistic)
 
@@ -75,23 +78,33 @@ class FeatureStore:
             raise DataError(f"the statistic '{statistic.kind}' cannot begin after {self.rows} rows")
         self._statistics[key] = statistic
 
+    @torch.no_grad()
     def update(self, features: Features) -> FeatureStore:
-        """Take in a batch; returns the store.
+        """Take in a batch; returns the store. Rows without ids are numbered as they come.
+
+        A batch that is refused changes nothing.
 
         Raises:
-            DataError: a label outside ``0..K-1`` (named with its row), or labels in some batches
-                only.
+            DataError: a label outside ``0..K-1`` (named with its row), labels in some batches
+                only, a field that a statistic needs and that is missing, or of another width than
+                before.
         """
+        if not len(features):
+            return self
         features = features.double()
-        self._begin(features)
-        assert self.classes is not None
-        check_labels(features.labels, self.classes, self.rows)
+        if features.ids is None:
+            numbers = torch.arange(self.rows, self.rows + len(features), device=features.device)
+            features = replace(features, ids=numbers)
+        self._check(features)
+        if not self.rows:
+            self._begin(features)
         for key, statistic in self._statistics.items():
             self._states[key] = statistic.update(self._states[key], features)
         self._views.clear()
         self.rows += len(features)
         return self
 
+    @torch.no_grad()
     def merge(self, other: FeatureStore) -> FeatureStore:
         """A store of the rows of both; neither is changed.
 
@@ -118,6 +131,7 @@ class FeatureStore:
         kept = self.statistics if statistics is None else statistics
         other = FeatureStore(self.head, kept, self.classes)
         other.rows, other.labelling = self.rows, self.labelling
+        other._sizes = dict(self._sizes)
         if self._states:
             other._states = {key: copy_state(self._states[key]) for key in other._statistics}
         return other
@@ -228,33 +242,48 @@ class FeatureStore:
         }
         return store
 
-    def _begin(self, features: Features) -> None:
-        """Settle, on the first rows, what the classes are and where they come from."""
-        source = labelling(features)
-        if self.rows:
-            if source != self.labelling:
-                raise DataError(
-                    f"these rows have their class from {source}, and those before from "
-                    f"{self.labelling}; give labels with all batches or with none"
-                )
-            return
-        self.labelling = source
-        if self.head is None:
-            self.head = features.head
-        self.classes = class_count(features, self.classes)
-        if self._states:
-            return
-        layers = {name: tuple(value.shape[1:]) for name, value in features.layers.items()}
-        width = 0 if features.embeddings is None else features.embeddings.shape[1]
-        shape = Shape(self.classes, width, layers, features.device)
-        for key, statistic in self._statistics.items():
-            missing = missing_fields(statistic.needs(), features)
-            if missing:
+    def _check(self, features: Features) -> None:
+        """Raise a DataError if these rows do not go with the statistics, or with those before."""
+        for statistic in self._statistics.values():
+            if missing := missing_fields(statistic.needs(), features):
                 raise DataError(
                     f"the statistic '{statistic.kind}' needs {', '.join(missing)}, and these "
                     "features have none"
                 )
-            self._states[key] = statistic.init(shape)
+        source = labelling(features)
+        if self.rows and source != self.labelling:
+            raise DataError(
+                f"these rows have their class from {source}, and those before from "
+                f"{self.labelling}; give labels with all batches or with none"
+            )
+        classes = self.classes if self.rows else class_count(features, self.classes)
+        assert classes is not None
+        check_labels(features.labels, classes, self.rows)
+        for name, size in _sizes(features).items():
+            before = self._sizes.get(name, size)
+            if size != before:
+                raise DataError(
+                    f"{name} of one row are {list(size)} here, and were {list(before)} before"
+                )
+
+    def _begin(self, features: Features) -> None:
+        """Settle, on the first rows, what the classes are and where they come from."""
+        self.labelling = labelling(features)
+        if self.head is None:
+            self.head = features.head
+        self.classes = class_count(features, self.classes)
+        self._sizes = _sizes(features)
+        layers = {name: tuple(value.shape[1:]) for name, value in features.layers.items()}
+        width = 0 if features.embeddings is None else features.embeddings.shape[1]
+        shape = Shape(self.classes, width, layers, features.device)
+        self._states = {key: each.init(shape) for key, each in self._statistics.items()}
+
+
+def _sizes(features: Features) -> dict[str, tuple[int, ...]]:
+    """The shape of one row of each field."""
+    fields = {"embeddings": features.embeddings, "logits": features.logits}
+    fields.update({f"layer '{name}'": value for name, value in features.layers.items()})
+    return {n: tuple(value.shape[1:]) for n, value in fields.items() if value is not None}
 
 
 class Place:

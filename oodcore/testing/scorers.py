@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from oodcore.scorer import Scorer, Shaper
+from oodcore.scorer import Scorer, Shaper, check_recipe
 from oodcore.testing import laws, learning, numerics
 from oodcore.testing.check import Check, Law, checks_of, examine, instance
 from oodcore.testing.description import configured, documented
@@ -75,6 +75,7 @@ def _checks(
     found: list[Check] = []
     for component in components:
         subject = Subject(instance(component, base), floor, network)
+        check_recipe(subject.recipe.scorer, subject.recipe.shapers)
         found += checks_of(subject.part, subject, _laws(subject))
     return found
 

@@ -100,7 +100,7 @@ class Subject:
         return Fitting({"": self.recipe}, made.sizes.classes)
 
     def fit(
-        self, made: Problem, rows: Batch | None = None, size: int = 97, edit: Edit | None = None
+        self, made: Problem, rows: Batch | None = None, size: int = 160, edit: Edit | None = None
     ) -> Learnt:
         """What it learns.
 

@@ -81,14 +81,16 @@ class Fisher(PValues):
     kind = "fisher"
 
     def combine(self, scores: Tensor) -> Tensor:
-        return 2 * scores.log() @ self.weight(scores)
+        statistic: Tensor = 2 * scores.log() @ self.weight(scores)
+        return statistic
 
 
 class Stouffer(PValues):
-    """``sum_i w_i Phi^-1(p_i) / sqrt(sum_i w_i^2)`` of the scores' p-values, in standard deviations.
+    """``sum_i w_i Phi^-1(p_i) / sqrt(sum_i w_i^2)`` of the scores' p-values.
 
     Phi^-1 is the quantile function of the normal distribution. For independent scores it is
-    standard normal on in-distribution rows. Large p-values make up for small ones.
+    standard normal on in-distribution rows, whose standard deviation is its unit. Large p-values
+    make up for small ones.
     """
 
     kind = "stouffer"
@@ -96,7 +98,8 @@ class Stouffer(PValues):
     def combine(self, scores: Tensor) -> Tensor:
         weight = self.weight(scores)
         quantiles: Tensor = scores.new_tensor(2.0).sqrt() * (2 * scores - 1).erfinv()
-        return quantiles @ weight / weight.norm()
+        normal: Tensor = quantiles @ weight / weight.norm()
+        return normal
 
 
 class Simes(PValues):

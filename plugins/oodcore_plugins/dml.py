@@ -9,11 +9,11 @@ import torch
 from pydantic import PositiveFloat
 from torch import Tensor
 
-from oodcore import Features, Paper, Scorer, hookimpl
+from oodcore import Features, FeatureStore, Paper, Scorer, Statistic, hookimpl
 from oodcore.errors import DataError
 from oodcore.features import required, unit
 from oodcore.hookspecs import Register
-from oodcore.statistics import State
+from oodcore.statistics import ClassMoments, State
 
 PAPER = Paper(
     "Decoupling MaxLogit for Out-of-Distribution Detection",
@@ -29,8 +29,13 @@ def cosine(features: Features) -> Tensor:
     head = features.head
     if head is None:
         raise DataError("the cosine is taken with the head, and these features have none")
+    return largest_cosine(features, head.weight)
+
+
+def largest_cosine(features: Features, directions: Tensor) -> Tensor:
+    """``max_k cos(h, d_k)`` with directions ``[K, D]``, ``[N]``."""
     rows = unit(required(features.embeddings, "embeddings"))
-    return (rows @ unit(head.weight).T).amax(dim=1)
+    return (rows @ unit(directions).T).amax(dim=1)
 
 
 def norm(features: Features) -> Tensor:
@@ -42,16 +47,38 @@ class MaxCosine(Scorer):
     """``max_k cos(h, w_k)`` with the rows of the head's weight, in [-1, 1]; the bias is left out.
 
     A zero embedding has cosine 0. The class of the largest cosine need not be the predicted one.
+
+    With ``means``, w_k is the mean training embedding of class k, and classes without rows are left
+    out; the library `detectors` has that under the name of cosine similarity.
+
+    Args:
+        source: of the directions: ``head``, as in the paper, or ``means``.
     """
 
     kind = "max_cosine"
     paper = PAPER
+    source: Literal["head", "means"] = "head"
 
     def needs(self) -> frozenset[str]:
-        return frozenset({"embeddings", "head"})
+        return frozenset({"embeddings", "head"} if self.source == "head" else {"embeddings"})
+
+    def statistics(self) -> tuple[Statistic, ...]:
+        return (ClassMoments(),) if self.source == "means" else ()
+
+    @property
+    def learns(self) -> bool:
+        return self.source == "means"
+
+    def fit(self, store: FeatureStore) -> State:
+        if not self.learns:
+            return {}
+        moments = store[ClassMoments()]
+        return {"means": moments.mean[moments.present]}
 
     def score(self, features: Features, state: State) -> Tensor:
-        return cosine(features)
+        if self.source == "head":
+            return cosine(features)
+        return largest_cosine(features, state["means"])
 
 
 class MaxNorm(Scorer):

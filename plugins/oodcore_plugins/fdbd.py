@@ -58,11 +58,12 @@ class FDBD(Scorer):
         logits = required(features.logits, "logits")
         rows = required(features.embeddings, "embeddings")
         first = features.predicted
-        inverse = state["closeness"][first]
+        inverse: Tensor = state["closeness"][first]
         leads = logits.gather(1, first[:, None]) - logits
         distance = (leads.abs() * inverse).sum(dim=1) / (inverse > 0).sum(dim=1).clamp_min(1)
         deviation = (rows - state["centre"] if self.centre else rows).norm(dim=1)
-        return distance / deviation.clamp_min(EPS)
+        quotient: Tensor = distance / deviation.clamp_min(EPS)
+        return quotient
 
 
 def directions(head: Head) -> Tensor:

@@ -17,10 +17,10 @@ from oodcore.statistics import State
 class GEN(Scorer):
     """``-sum_k p_k^gamma (1 - p_k)^gamma`` over the ``top`` largest probabilities, at most 0.
 
-    With ``p = softmax(z)``. It is 0 for a certain prediction, and for every row where there is one class. 1 - p is computed as the
-    sum of the other probabilities, so that confident rows do not tie. The sum is the paper's; some
-    implementations take the mean, a constant factor. Equal probabilities at the cut are
-    interchangeable.
+    With ``p = softmax(z)``. It is 0 for a certain prediction, and for every row where there is one
+    class. 1 - p is computed as the sum of the other probabilities, so that confident rows do not
+    tie. The sum is the paper's; some implementations take the mean, a constant factor. Equal
+    probabilities at the cut are interchangeable.
 
     Args:
         gamma: the exponent; the paper uses 0.1.

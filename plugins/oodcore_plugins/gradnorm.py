@@ -14,8 +14,8 @@ from oodcore.features import EPS, required, unit
 from oodcore.hookspecs import Register
 from oodcore.statistics import State
 
-CHUNK = 2**22
-"""Numbers that the sum over rows, classes and dimensions holds at once."""
+CHUNK = 2**18
+"""Numbers that the sum over rows, classes and dimensions holds at once: they fit the cache."""
 
 
 class GradNorm(Scorer):
@@ -27,9 +27,9 @@ class GradNorm(Scorer):
         linear: (1/T) ||h||_1 sum_k |p_k - 1/K|
         cosine: (s/T) sum_k |p_k - 1/K| ||h^ - (h^' w^_k) w^_k||_1 / ||w_k||
 
-    The second does not depend on the norm of h. The bias has no part in it. It is at
-    least 0: a zero embedding, a uniform softmax and a single class give 0; under ``cosine`` a class whose weight is zero adds
-    nothing.
+    The second does not depend on the norm of h. The bias has no part in it. It is at least 0: a
+    zero embedding, a uniform softmax and a single class give 0; under ``cosine`` a class whose
+    weight is zero adds nothing.
 
     The references give the linear form whatever the head is, and most of them K times this number
     (a target of ones); neither changes the ranking.
@@ -75,8 +75,8 @@ def slopes(rows: Tensor, head: Head) -> Tensor:
     size = max(1, CHUNK // max(1, weight.numel()))
     parts = []
     for some in torch.split(rows, size):
-        along = (some @ weight.T)[:, :, None] * weight
-        parts.append((some[:, None] - along).abs().sum(dim=2))
+        across = torch.addcmul(some[:, None], (some @ weight.T)[:, :, None], weight, value=-1)
+        parts.append(torch.linalg.vector_norm(across, 1, dim=2))
     return head.scale * inverse * torch.cat(parts)
 
 

@@ -1,8 +1,9 @@
-"""kNN: the distance to the k-th nearest training row."""
+"""kNN: the distance to the nearest training rows."""
 
 from __future__ import annotations
 
 import warnings
+from typing import Literal
 
 from pydantic import PositiveInt
 from torch import Tensor
@@ -21,9 +22,14 @@ class KNN(Scorer):
     scored is its own nearest neighbour. With fewer than k training rows the farthest one counts,
     and a warning says so.
 
+    With ``inner_product`` the score is ``<h, h_(k)>``, the k-th largest: the cosine where
+    embeddings are normalised, 0 for a zero row.
+
     Args:
         k: which neighbour.
         normalize: give embeddings unit norm.
+        metric: ``l2``, or ``inner_product``.
+        reduce: ``kth`` for the k-th neighbour alone, ``mean`` for the mean over the k nearest.
         index: a faiss index factory string; ``Flat`` is exact.
     """
 
@@ -37,6 +43,8 @@ class KNN(Scorer):
     )
     k: PositiveInt = 50
     normalize: bool = True
+    metric: Literal["l2", "inner_product"] = "l2"
+    reduce: Literal["kth", "mean"] = "kth"
     index: str = "Flat"
 
     def needs(self) -> frozenset[str]:
@@ -52,12 +60,14 @@ class KNN(Scorer):
                 f"knn: k is {self.k}, and there are {len(rows)} training rows: the farthest counts",
                 stacklevel=2,
             )
-        return {"bank": Index(rows, "l2", self.index, self.normalize)}
+        return {"bank": Index(rows, self.metric, self.index, self.normalize)}
 
     def score(self, features: Features, state: State) -> Tensor:
         bank = state["bank"]
         rows = required(features.embeddings, "embeddings")
-        return -bank.kth(rows, min(self.k, len(bank)))
+        k = min(self.k, len(bank))
+        near = bank.kth(rows, k) if self.reduce == "kth" else bank.search(rows, k)[0].mean(dim=1)
+        return -near if self.metric == "l2" else near
 
 
 @hookimpl

@@ -55,7 +55,7 @@ class Mahalanobis(Scorer):
 
     def fit(self, store: FeatureStore) -> State:
         moments = store[class_moments(self.normalize)]
-        whitening = whiten(shrunk(moments.covariance, self.shrinkage))
+        whitening = whiten(shrunk(moments.covariance, self.shrinkage), moments.mean)
         centre = moments.total_mean
         means = moments.mean[moments.present]
         return {"centre": centre, "whitening": whitening, "means": (means - centre) @ whitening}
@@ -78,15 +78,24 @@ def shrunk(covariance: Tensor, shrinkage: float) -> Tensor:
     return (1 - shrinkage) * covariance + shrinkage * target if shrinkage else covariance
 
 
-def whiten(covariance: Tensor) -> Tensor:
+def whiten(covariance: Tensor, means: Tensor) -> Tensor:
     """``[D, r]`` with ``whitening @ whitening.T`` the pseudo-inverse of a covariance ``[D, D]``.
 
+    Args:
+        covariance: of rows around these means.
+        means: ``[K, D]``; rounding makes variances of their own, the larger the means are.
+
     Raises:
-        DataError: the covariance is zero.
+        DataError: the covariance is zero, or its numbers are too large for float64.
     """
+    if not bool(torch.isfinite(covariance).all()):
+        raise DataError(
+            "the covariance of the embeddings is too large for float64: scale them down"
+        )
     variances, directions = torch.linalg.eigh(covariance)
-    kept = variances > CUT_OFF * variances[-1]
-    if variances[-1] <= 0 or not bool(kept.any()):
+    rounding = (64 * torch.finfo(means.dtype).eps * means.abs().max()).square()
+    kept = variances > torch.maximum(CUT_OFF * variances[-1], rounding)
+    if not bool(kept.any()):
         raise DataError(
             "the embeddings do not vary within their classes, so there is no covariance: "
             "give more than one row a class"

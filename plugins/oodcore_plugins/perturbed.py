@@ -63,7 +63,8 @@ def moved_score(scorer: Scorer, features: Features, state: State, epsilon: float
         raise DataError("moving the input needs inputs that are one tensor of floating numbers")
     if epsilon == 0:
         return scorer.score(features, state)
-    with torch.enable_grad():
+    # A caller's inference mode would forbid the gradient.
+    with torch.inference_mode(False), torch.enable_grad():
         leaf = inputs.detach().clone().requires_grad_()
         total = scorer.score(rerun(leaf), state).sum()
         (gradient,) = torch.autograd.grad(total, leaf)

@@ -49,14 +49,14 @@ class RelativeMahalanobis(Scorer):
 
     def fit(self, store: FeatureStore) -> State:
         moments = store[class_moments(self.normalize)]
-        whitening = whiten(shrunk(moments.covariance, self.shrinkage))
+        whitening = whiten(shrunk(moments.covariance, self.shrinkage), moments.mean)
         centre = moments.total_mean
         means = moments.mean[moments.present]
         return {
             "centre": centre,
             "whitening": whitening,
             "means": (means - centre) @ whitening,
-            "background": whiten(shrunk(moments.total_covariance, self.shrinkage)),
+            "background": whiten(shrunk(moments.total_covariance, self.shrinkage), moments.mean),
         }
 
     def score(self, features: Features, state: State) -> Tensor:

@@ -14,7 +14,7 @@ from oodcore.statistics import ClassMoments, CorrectMeans, State
 
 
 class SHE(Scorer):
-    """``h' S_m``: the inner product with the pattern of the predicted class m, in squared units of h.
+    """``h' S_m``: the product with the pattern of the predicted class m, in squared units of h.
 
     ``S_k`` is the mean embedding of the training rows of class k that are classified right. Of a
     class without such rows it is the mean of all its rows, and of one without any rows the mean of
@@ -52,12 +52,14 @@ class SHE(Scorer):
 
     def score(self, features: Features, state: State) -> Tensor:
         rows = required(features.embeddings, "embeddings")
-        patterns = state["patterns"][features.predicted]
+        patterns: Tensor = state["patterns"][features.predicted]
         if self.metric == "euclidean":
-            return -(rows - patterns).norm(dim=1)
+            distance: Tensor = (rows - patterns).norm(dim=1)
+            return -distance
         if self.metric == "cosine":
             rows, patterns = unit(rows), unit(patterns)
-        return (rows * patterns).sum(dim=1)
+        product: Tensor = (rows * patterns).sum(dim=1)
+        return product
 
 
 @hookimpl

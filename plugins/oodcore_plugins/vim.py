@@ -13,7 +13,8 @@ from oodcore import Features, FeatureStore, Head, Paper, Scorer, Statistic, hook
 from oodcore.errors import ConfigurationError, DataError
 from oodcore.features import required, unit
 from oodcore.hookspecs import Register
-from oodcore.statistics import ClassMoments, Moments, State
+from oodcore.moments import Moments
+from oodcore.statistics import ClassMoments, State
 
 Origin = Literal["head", "mean"]
 

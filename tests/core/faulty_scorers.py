@@ -122,7 +122,7 @@ class AtLayer(Nearest):
 class Margin(Peak):
     """``z_(1) - z_(2)``; it takes two classes."""
 
-    kind = "margin"
+    kind = "lead"
 
     def score(self, features, state):
         best = features.logits.topk(2, dim=1).values

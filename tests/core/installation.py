@@ -37,6 +37,7 @@ class Installation:
             "PYTHONPATH": str(self.site),
             "PYTHONDONTWRITEBYTECODE": "1",
             "OODCORE_STRICT_PLUGINS": "1",
+            "OMP_NUM_THREADS": "1",
             **environment,
         }
         return subprocess.run(

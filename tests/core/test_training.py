@@ -374,6 +374,10 @@ def test_a_learning_rate_that_is_too_high_is_told(tmp_path):
 
 DATA = {
     "a label below 0": ({"train": Clusters(first_label=-1)}, "row 0 .* label -1"),
+    "a label below 0, the classes being known": (
+        {"train": Clusters(first_label=-1), "classes": 3},
+        "label -1, and there are 3 classes",
+    ),
     "an unknown label": (
         {"train": Clusters(first_label=1), "classes": 3},
         r"label 3, and there are 3 classes.*select",

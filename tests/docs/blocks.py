@@ -40,8 +40,8 @@ class Block:
         language: the first word after the fence; ``output`` is what the block before it prints.
         title: the file that it is the content of, or "".
         text: without the fence and its indentation.
-        notes: the comments right above it. ``not run: why``; ``wrong on purpose`` for a configuration
-            that is refused; ``varies`` for output whose numbers differ between machines;
+        notes: the comments right above it. ``not run: why``; ``wrong on purpose`` for what is
+            refused; ``varies`` for output whose numbers differ between machines;
             ``example`` for output of which only the first line is certain.
     """
 

@@ -65,7 +65,12 @@ EXAMPLES: Mapping[tuple[str, str], tuple[Example, ...]] = {
         fields(scorers=["mahalanobis", "energy"], normalize="ecdf"),
     ),
     ("scorer", "dml"): (fields(), fields(lam=2.0)),
-    ("scorer", "knn"): (fields(), fields(k=3, normalize=False)),
+    ("scorer", "knn"): (
+        fields(),
+        fields(k=3, normalize=False),
+        fields(metric="inner_product", reduce="mean"),
+    ),
+    ("scorer", "max_cosine"): (fields(), fields(source="means")),
     ("shaper", "ash"): (
         Example(options={"floor": None}),
         fields(variant="p"),
@@ -94,6 +99,25 @@ EXAMPLES: Mapping[tuple[str, str], tuple[Example, ...]] = {
         fields(k=3, normalize=False),
         fields(fraction=0.5),
     ),
+    ("scorer", "gen"): (fields(), fields(gamma=0.5, top=2)),
+    ("scorer", "gradnorm"): (fields(), fields(head="cosine", temperature=2)),
+    ("scorer", "rp_msp"): (fields(), fields(prior=[4, 3, 2, 1])),
+    ("scorer", "reweighted"): (fields(), fields(scorer="odin"), fields(scorer="dml")),
+    ("scorer", "temperature_scaled"): (fields(), fields(scorer="energy"), fields(scorer="odin")),
+    ("scorer", "openmax"): (fields(), fields(tail=5, alpha=2)),
+    ("scorer", "fdbd"): (fields(), fields(centre=False)),
+    ("scorer", "she"): (fields(), fields(metric="euclidean"), fields(metric="cosine")),
+    ("scorer", "product"): (
+        fields(scorers=["msp", "energy"]),
+        fields(scorers=["mahalanobis", "energy"], normalize="ecdf", weights=[0.5, 2]),
+    ),
+    ("scorer", "minimum"): (fields(scorers=["mahalanobis", "energy"], normalize="zscore"),),
+    ("scorer", "maximum"): (fields(scorers=["mahalanobis", "energy"], normalize="zscore"),),
+    ("scorer", "fisher"): (fields(scorers=["mahalanobis", "energy"]),),
+    ("scorer", "stouffer"): (fields(scorers=["mahalanobis", "energy"], weights=[0.5, 2]),),
+    ("scorer", "simes"): (fields(scorers=["mahalanobis", "energy"]),),
+    ("scorer", "relation"): (fields(), fields(power=4)),
+    ("scorer", "ssd"): (fields(), fields(clusters=3)),
     ("statistic", "sample"): (
         fields(capacity=20),
         fields(capacity=5, per_class=True),
@@ -117,25 +141,39 @@ def kinds() -> Iterator[tuple[str, str]]:
                 yield slot, kind
 
 
-def checks() -> Iterator[Any]:
+@dataclass(frozen=True)
+class Case:
+    """One example: the component and its checks, or why there are none."""
+
+    slot: str
+    kind: str
+    component: Any = None
+    checks: tuple[Check, ...] = ()
+    fault: str = ""
+
+    def missing(self) -> None:
+        pytest.fail(f"'{self.kind}' has no example that works; add one to EXAMPLES: {self.fault}")
+
+
+def cases() -> Iterator[Case]:
     for slot, kind in kinds():
         for example in EXAMPLES.get((slot, kind), (Example(),)):
             try:
                 component = registry.build(slot, {"kind": kind, **example.fields})
+                found = KIT[slot](component, **example.options)
             except ConfigurationError as error:
-                yield pytest.param(unexampled(kind, error), id=f"{slot}-{kind}")
+                yield Case(slot, kind, fault=str(error))
             else:
-                yield from KIT[slot](component, **example.options)
+                yield Case(slot, kind, component, tuple(found))
 
 
-def unexampled(kind: str, error: ConfigurationError) -> Callable[[], None]:
-    def check() -> None:
-        pytest.fail(f"'{kind}' cannot be built from its example; add one to EXAMPLES: {error}")
+CASES = list(cases())
+CHECKS = [check for case in CASES for check in case.checks] + [
+    pytest.param(case.missing, id=f"{case.kind}-example") for case in CASES if case.fault
+]
 
-    return check
 
-
-@pytest.mark.parametrize("check", list(checks()))
+@pytest.mark.parametrize("check", CHECKS)
 def test_conformance(check):
     check()
 
@@ -151,13 +189,7 @@ def test_there_is_something_to_examine(slot):
 
 
 COMPONENTS = {
-    slot: [
-        registry.build(slot, {"kind": kind, **example.fields})
-        for where, kind in kinds()
-        if where == slot
-        for example in EXAMPLES.get((slot, kind), (Example(),))
-    ]
-    for slot in ("scorer", "shaper", "statistic")
+    slot: [case.component for case in CASES if case.slot == slot and case.checks] for slot in KIT
 }
 SIZES = st.builds(
     Sizes,
@@ -169,7 +201,7 @@ SIZES = st.builds(
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(part=st.sampled_from(COMPONENTS["scorer"] + COMPONENTS["shaper"]), sizes=SIZES)
 def test_rows_batches_and_merges_on_any_shape(part, sizes):
     subject = Subject(part, sizes=sizes)
@@ -179,7 +211,7 @@ def test_rows_batches_and_merges_on_any_shape(part, sizes):
             law(subject)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(part=st.sampled_from(COMPONENTS["statistic"]), sizes=SIZES)
 def test_statistics_merge_on_any_shape(part, sizes):
     summary = statistics.Summary(part, sizes=sizes)

@@ -12,7 +12,8 @@ PREDICTED = np.array([int(np.argmax(logits(row))) for row in ROWS])
 
 
 def patterns() -> np.ndarray:
-    return np.stack([ROWS[(LABELS == k) & (PREDICTED == k)].mean(axis=0) for k in range(4)])
+    right = LABELS == PREDICTED
+    return np.stack([ROWS[right & np.equal(LABELS, k)].mean(axis=0) for k in range(4)])
 
 
 def naive(row, metric: str) -> float:
