@@ -4,5 +4,5 @@ from __future__ import annotations
 
 import os
 
-# scikit-learn leaves one of its checks of an estimator out unless this is set before it is imported.
+# scikit-learn leaves one of its checks out unless this is set before it is imported.
 os.environ.setdefault("SCIPY_ARRAY_API", "1")
