@@ -151,10 +151,24 @@ class Fitting:
             other.held_spool = self.held_spool.copy(other._layers)
         return other
 
-    def repeat(self) -> None:
-        """Take in the very first row once more."""
+    def rehearse(self) -> None:
+        """Take in the very first row once more, and look at what was kept of the others.
+
+        Raises:
+            DataError: rows set aside that cannot be those of this fitting.
+        """
         assert self._example is not None
         self.update(self._example)
+        for store in self.stores.values():
+            for statistic in store.statistics:
+                store[statistic]
+        for spool in (self.spool, self.held_spool):
+            for row in spool.batches(torch.device("cpu"), size=1) if spool is not None else ():
+                self._refuse_others(row, labels=spool is self.spool)
+                break
+            if spool is not None and "labels" in spool.columns and self.classes is not None:
+                for labels in spool.columns["labels"].blocks():
+                    check_labels(labels, self.classes)
 
     def packed(self) -> dict[str, Any]:
         """What is needed to go on fitting, in the form that artifacts hold."""

@@ -67,17 +67,33 @@ class _Calibration(_Strict):
     false_alarm_rate: float
 
 
+class _Head(_Strict):
+    normalize_weight: bool
+    normalize_features: bool
+    scale: float
+    tensors: dict[str, Tensor]
+
+
 class _Spool(_Strict):
     columns: dict[str, Rows]
     types: dict[str, str]
-    head: dict[str, Any] | None
+    head: _Head | None
+
+
+class _Statistics(_Strict):
+    rows: NonNegativeInt
+    classes: NonNegativeInt | None
+    labelling: str | None
+    statistics: list[dict[str, Any]]
+    states: dict[str, dict[str, Any]]
+    head: _Head | None
 
 
 class _Store(_Strict):
     rows: NonNegativeInt
     classes: Annotated[int, Field(ge=1, le=2**40)] | None
     held_out: bool
-    stores: dict[str, dict[str, Any]]
+    stores: dict[str, _Statistics]
     places: list[str]
     spool: _Spool | None
     held_spool: _Spool | None
@@ -344,7 +360,8 @@ def _rebuilt(saved: _Detector, model: Any, allow: frozenset[str]) -> Detector:
     if len(saved.learnt.shapers) != len(detector.shapers):
         raise ArtifactError("detector.json: the shapers and their states do not match")
     device = loaded.device if loaded is not None else torch.device("cpu")
-    detector.learnt = _on_device(saved.learnt, device)
+    with _blamed("state"):
+        detector.learnt = _on_device(saved.learnt, device)
     detector.shape = saved.shape.model_dump()
     detector.fingerprint = saved.fingerprint
     _try(detector.recipe, detector.learnt, saved.shape, device)
@@ -355,11 +372,11 @@ def _rebuilt(saved: _Detector, model: Any, allow: frozenset[str]) -> Detector:
 
 
 def _resumed(saved: _Store, detector: Detector) -> Fitting:
-    """The fitting that was saved, if it can go on: with one row more, as a trial."""
+    """The fitting that was saved, if it can go on: it takes in one row more, as a trial."""
     with _blamed("store"):
         fitting = Fitting.unpacked(saved.model_dump(), {detector.name: detector.recipe})
-    if "inputs" not in fitting.needs():
-        _attempt(lambda: fitting.only(detector.name).repeat(), "store")
+    if not any("inputs" in shaper.needs() for shaper in detector.shapers):
+        _attempt(lambda: fitting.only(detector.name).rehearse(), "store")
     return fitting
 
 

@@ -26,6 +26,9 @@ SPARE = 8
 MORE = 256
 """Candidates beyond k where that room was too small."""
 
+BLOCK = 2**16
+"""Rows that a product takes at once."""
+
 LARGEST_SIZE = 4096
 """Up to which sizes in a factory string need not be compared with the number of rows."""
 
@@ -107,7 +110,7 @@ class Proposer:
         best = queries.new_empty((len(queries), 0))
         found = torch.empty((len(queries), 0), dtype=torch.int64, device=queries.device)
         first = 0
-        for block in self._blocks(8192):
+        for block in self._blocks(BLOCK // 8):
             rows = block.to(queries.device)
             products = queries @ rows.T
             if self.index.metric == "l2":
@@ -142,7 +145,7 @@ class Proposer:
         ]
         return centre, max(longest, default=0.0)
 
-    def _blocks(self, size: int = 65536) -> Iterator[Tensor]:
+    def _blocks(self, size: int = BLOCK) -> Iterator[Tensor]:
         """The rows, centred and scaled."""
         for block in self.index.rows.blocks(size):
             yield (self.index.vectors(block) - self.centre) * self.scale
@@ -196,11 +199,11 @@ class Proposer:
     def _best(self, queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
         best = queries.new_empty((len(queries), 0))
         found = torch.empty((len(queries), 0), dtype=torch.int64, device=queries.device)
-        for first in range(0, len(self.bank), 65536):
-            rows = self.bank[first : first + 65536]
+        for first in range(0, len(self.bank), BLOCK):
+            rows = self.bank[first : first + BLOCK]
             products = queries @ rows.T
             if self.index.metric == "l2":
-                products = products.mul_(2).sub_(self.squares[first : first + 65536])
+                products = products.mul_(2).sub_(self.squares[first : first + BLOCK])
             top = products.topk(min(count, len(rows)), dim=1)
             best = torch.cat([best, top.values], dim=1)
             found = torch.cat([found, top.indices + first], dim=1)

@@ -141,6 +141,7 @@ def test_draws_depend_on_seed_and_rank_and_not_on_who_else_draws():
     both = run(Draws(), DrawsToo())
     # All criteria are one function, in which they share the global generator.
     assert {note for note in alone if note[0] != "criterion (global)"} < set(both)
+    assert set(alone) <= set(run(Draws(), Mix()))
     assert run(Draws(), seed=1) != alone
     elsewhere = dict(run(Draws(), rank=1))
     for hook, drawn in dict(alone).items():

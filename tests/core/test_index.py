@@ -106,6 +106,7 @@ def test_exact(name: str, width: int, metric: index.Metric, normalized: bool, en
         assert ((values - expected).abs() <= allowed).all()
         assert ((searched.kth(queries, k) - expected[:, -1]).abs() <= allowed[:, -1]).all()
         assert found.sort(dim=1).values.diff(dim=1).gt(0).all(), "a row is found twice"
+        assert (found.diff(dim=1).gt(0) | values.diff(dim=1).ne(0)).all(), "ties in another order"
         again = searched._values(searched.vectors(queries), found)
         assert torch.allclose(again, values, rtol=1e-12, atol=0)
 
@@ -149,9 +150,59 @@ def test_rows_of_one_tight_cluster_are_found_beyond_float32(engine: str) -> None
     assert torch.allclose(searched.search(queries, 10)[0], expected, rtol=1e-7)
 
 
-def test_ordinary_rows_need_no_second_search(engine: str) -> None:
-    searched = Index(Rows.of(clusters(2000, 64, 0.3).float()), normalized=True)
-    proposed = searched._proposed(CPU).propose(searched.vectors(clusters(300, 64, 0.3)), 10)
+@pytest.mark.parametrize("normalized", [False, True])
+def test_differences_decide_where_products_cannot(normalized: bool, engine: str) -> None:
+    rows, queries = random(600, 2), random(9, 2, 2)
+    if normalized:
+        rows, queries = rows + 1e6, queries + 1e6
+    else:
+        rows[:300] *= 1e-12
+        rows[300:] *= 1e12
+        queries *= 1e-12
+    searched = Index(Rows.of(rows), normalized=normalized)
+    expected = brute(rows, queries, "l2", normalized)[:, :5]
+    assert torch.allclose(searched.search(queries, 5)[0], expected, rtol=1e-6, atol=0)
+    assert torch.allclose(searched.kth(queries, 5), expected[:, -1], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("metric", ["l2", "inner_product"])
+def test_queries_beyond_float32(metric: index.Metric, engine: str) -> None:
+    rows, queries = random(9, 4), random(5, 4, 1) * 1e25
+    for k in (3, 9):
+        expected = brute(rows, queries, metric, False)[:, :k]
+        assert torch.allclose(Index(Rows.of(rows), metric).search(queries, k)[0], expected)
+
+
+def test_long_banks_are_searched_in_blocks(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "BLOCK", 32)
+    rows, queries = random(150, 5), random(6, 5, 1)
+    searched = Index(Rows.of(rows))
+    expected = brute(rows, queries, "l2", False)[:, :40]
+    assert torch.allclose(searched.search(queries, 40)[0], expected, rtol=1e-12)
+    exact = searched._values(queries, searched._exactly(queries, 40)).sort(dim=1).values
+    assert torch.allclose(exact, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("metric", ["l2", "inner_product"])
+@pytest.mark.parametrize("name", ["plain", "offset", "collapsed"])
+def test_closeness_is_what_it_says_to_within_its_slack(
+    name: str, metric: index.Metric, engine: str
+) -> None:
+    rows, queries = problem(name, 40)
+    searched = Index(Rows.of(rows), metric)
+    proposer = searched._proposed(CPU)
+    for proposed in (proposer.propose(queries, 5), proposer.exactly(queries, 5)):
+        true = searched._values(queries, proposed.found) * proposer.scale
+        true = -true.square() if metric == "l2" else true * proposer.scale
+        assert ((proposed.closeness - true).abs() <= proposed.slack / 2).all()
+        assert (proposed.closeness.diff(dim=1) <= 0).all()
+
+
+@pytest.mark.parametrize(("factor", "offset"), [(1.0, 0.0), (1e30, 0.0), (1e-30, 0.0), (1.0, 1e4)])
+def test_ordinary_rows_need_no_second_search(factor: float, offset: float, engine: str) -> None:
+    rows, queries = clusters(2000, 64, 0.3) * factor, clusters(300, 64, 0.3) * factor
+    searched = Index(Rows.of(rows + offset))
+    proposed = searched._proposed(CPU).propose(queries + offset, 10)
     assert proposed.doubtful.double().mean() < 0.05
 
 
@@ -161,10 +212,13 @@ def test_exact_when_torch_multiplies_in_low_precision(
 ) -> None:
     monkeypatch.setattr(search, "faiss_module", lambda: None)
     rows, queries = random(300, 64), random(20, 64, 2)
+    searched = Index(Rows.of(rows))
+    slack = searched._proposed(CPU).propose(queries, 5).slack
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
-        values = Index(Rows.of(rows)).search(queries, 5)[0]
+        assert (searched._proposed(CPU).propose(queries, 5).slack > 1000 * slack).all()
+        values = searched.search(queries, 5)[0]
     finally:
         torch.set_float32_matmul_precision(before)
     assert torch.allclose(values, brute(rows, queries, "l2", False)[:, :5], rtol=1e-12)
@@ -261,16 +315,34 @@ def test_nothing_given_is_changed() -> None:
 
 def test_the_setting_of_faiss_is_put_back() -> None:
     faiss = pytest.importorskip("faiss", reason="faiss is an extra")
-    before = faiss.cvar.distance_compute_blas_threshold
     searched = Index(Rows.of(random(30, 4)))
-    searched.search(random(5, 4, 1), 3)
-    assert faiss.cvar.distance_compute_blas_threshold == before
+    proposer = searched._proposed(CPU)
+    engine, seen = proposer.engine, []
+
+    class Recorder:
+        def search(self, queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+            seen.append(faiss.cvar.distance_compute_blas_threshold)
+            if len(seen) == 1:
+                searched.search(random(5, 4, 1), 3)
+            return engine.search(queries, count)  # type: ignore[no-any-return]
+
+    proposer.engine = Recorder()
+    before = faiss.cvar.distance_compute_blas_threshold
+    faiss.cvar.distance_compute_blas_threshold = 777
+    try:
+        searched.search(random(5, 4, 1), 3)
+        assert seen == [20, 20]
+        assert faiss.cvar.distance_compute_blas_threshold == 777
+    finally:
+        faiss.cvar.distance_compute_blas_threshold = before
 
 
 def test_an_index_can_be_pickled() -> None:
     searched = Index(Rows.of(random(30, 4)), normalized=True)
+    size = len(pickle.dumps(searched))
     queries = random(5, 4, 1)
     before = searched.search(queries, 3)
+    assert len(pickle.dumps(searched)) == size, "what can be built again is pickled"
     again = pickle.loads(pickle.dumps(searched)).search(queries, 3)
     assert torch.equal(before[0], again[0])
     assert torch.equal(before[1], again[1])
@@ -359,6 +431,7 @@ def test_rows_past_the_limit_lie_in_files(small: None) -> None:
         parts.append(random(5, 4, number).float())
         rows.append(parts[-1])
     assert resident(rows) <= 200
+    assert len(rows._segments) < 10
     assert_holds(rows, torch.cat(parts))
 
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from importlib import import_module
 
 import pytest
 import torch
@@ -315,12 +316,15 @@ def test_finish_had_its_pass_over_the_rows(whole):
 
 def test_nothing_of_the_caller_is_changed(tmp_path, monkeypatch, capfd, caplog):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     caplog.set_level(logging.INFO)
     torch.manual_seed(7)
     generator = torch.get_rng_state()
     kernels = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     levels = {name: logging.getLogger(name).level for name in ("lightning.pytorch", "lightning")}
     filters = list(warnings.filters)
+    import_module("sklearn")  # sets two variables of OpenMP when it is imported
     environment = dict(os.environ)
     with torch.no_grad():
         train(config_of(*ALL), tmp_path / "run")
