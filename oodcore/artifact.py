@@ -4,50 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import mmap
 import os
-import re
 import shutil
 import stat
-import struct
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from oodcore.encoding import (
+    STATE,
+    decoded_tree,
+    encoded,
+    refuse_bombs,
+    safetensors,
+    strict_json,
+    tensors_of,
+)
 from oodcore.errors import ArtifactError
-from oodcore.index import Index, Rows
+from oodcore.index import Rows
 
 SCHEMA = 1
 MANIFEST = "MANIFEST.json"
-STATE = "state.safetensors"
 FILES = {"detector": "detector.json", "ensemble": "detector.json", "store": "store.json"}
 MANIFEST_LIMIT = 2**16
 JSON_LIMIT = 16 * 2**20
-HEADER_LIMIT = 4 * 2**20
-DEPTH_LIMIT = 64
-PARTS_LIMIT = 2**18
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_ESCAPES = re.compile(r"\\.", re.DOTALL)
-_STRINGS = re.compile(r'"[^"]*"')
-_BRACKETS = re.compile(r"[\[\]{}]")
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
-
-
-# Writing
 
 
 def write_artifact(
@@ -70,16 +54,16 @@ def write_artifact(
     fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         tensors: dict[str, Tensor | Rows] = {}
-        tree = _encoded(packed, "", tensors, {})
+        tree = encoded(packed, "", tensors, {})
         document = {"schema": SCHEMA, "type": kind, **tree}
         plain = json.dumps(document, indent=1, allow_nan=False)
-        _refuse_bombs(plain, FILES[kind])
+        refuse_bombs(plain, FILES[kind])
         text = plain.encode()
         if len(text) > JSON_LIMIT:
             raise ArtifactError(f"the configuration takes {len(text)} bytes; at most {JSON_LIMIT}")
         files = {
             FILES[kind]: _write(fresh / FILES[kind], [text]),
-            STATE: _write(fresh / STATE, _safetensors(tensors)),
+            STATE: _write(fresh / STATE, safetensors(tensors)),
         }
         manifest = {"format": "oodcore", "schema": SCHEMA, "files": files}
         _write(fresh / MANIFEST, [json.dumps(manifest, indent=1).encode()])
@@ -123,76 +107,6 @@ def _move(fresh: Path, folder: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _encoded(value: Any, path: str, tensors: dict[str, Any], seen: dict[Any, str]) -> Any:
-    """Plain JSON values, with tensors replaced by references into ``tensors``."""
-    if isinstance(value, Tensor):
-        return {"$tensor": _named(value, path, tensors, seen, id(value))}
-    if isinstance(value, Rows):
-        return {"$rows": _named(value, path, tensors, seen, value.identity)}
-    if isinstance(value, Index):
-        return {
-            "$index": _named(value.rows, path, tensors, seen, value.rows.identity),
-            "metric": value.metric,
-            "factory": value.factory,
-            "normalized": value.normalized,
-        }
-    if isinstance(value, Mapping):
-        if bad := [name for name in value if not isinstance(name, str) or name.startswith("$")]:
-            raise ArtifactError(f"{path or 'state'}: the name {bad[0]!r} cannot be saved")
-        return {name: _encoded(v, f"{path}.{name}", tensors, seen) for name, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_encoded(v, f"{path}.{n}", tensors, seen) for n, v in enumerate(value)]
-    if value is None or isinstance(value, str | bool | int | float):
-        return value
-    raise ArtifactError(
-        f"{path.lstrip('.')}: a {type(value).__name__} cannot be saved; states hold tensors, Rows, "
-        "Index and mappings of these"
-    )
-
-
-def _named(
-    value: Tensor | Rows, path: str, tensors: dict[str, Any], seen: dict[Any, str], key: Any
-) -> str:
-    if key not in seen:
-        name = path.lstrip(".")
-        if isinstance(value, Tensor):
-            value = value.detach()
-            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                raise ArtifactError(f"{name} holds numbers that are not finite; it is not saved")
-        if value.dtype not in _CODES:
-            raise ArtifactError(f"{name}: {value.dtype} cannot be saved")
-        if name in tensors:
-            raise ArtifactError(f"two tensors are called '{name}': a name in a state has no dot")
-        tensors[name] = value
-        seen[key] = name
-    return seen[key]
-
-
-def _safetensors(tensors: Mapping[str, Tensor | Rows]) -> Iterable[bytes | memoryview]:
-    """The bytes of a safetensors file, block by block; wide types first, so all are aligned."""
-    order = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
-    header, offset = {}, 0
-    for name, value in order:
-        shape = list(value.shape) if isinstance(value, Tensor) else [len(value), *value.shape]
-        size = torch.Size(shape).numel() * value.dtype.itemsize
-        header[name] = {
-            "dtype": _CODES[value.dtype],
-            "shape": shape,
-            "data_offsets": [offset, offset + size],
-        }
-        offset += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    if len(text) > HEADER_LIMIT:
-        raise ArtifactError(f"{len(tensors)} tensors are too many to save")
-    yield struct.pack("<Q", len(text))
-    yield text
-    for _, value in order:
-        for block in [value] if isinstance(value, Tensor) else value.blocks():
-            flat = block.cpu().contiguous().flatten()
-            yield flat.view(torch.uint8).numpy().data if flat.numel() else b""
-
-
 def _write(path: Path, blocks: Iterable[bytes | memoryview]) -> dict[str, Any]:
     digest, size = hashlib.sha256(), 0
     with open(path, "wb") as file:
@@ -202,9 +116,6 @@ def _write(path: Path, blocks: Iterable[bytes | memoryview]) -> dict[str, Any]:
         file.flush()
         os.fsync(file.fileno())
     return {"sha256": digest.hexdigest(), "size": size}
-
-
-# Reading
 
 
 def read_artifact(
@@ -242,17 +153,16 @@ def _read(folder: Path, kinds: tuple[str, ...], sha256: str | None) -> dict[str,
         raise ArtifactError(f"{folder}: files that do not belong there: {sorted(files)}")
     if files[name]["size"] > JSON_LIMIT:
         raise ArtifactError(f"{name} has {files[name]['size']} bytes; at most {JSON_LIMIT}")
-    document = _json(bytes(_verified(folder, name, files[name])), name)
+    document = strict_json(bytes(_verified(folder, name, files[name])), name)
     if not isinstance(document, dict) or document.get("type") not in kinds:
         raise ArtifactError(f"{name} is not a {' or '.join(kinds)}")
     _check_schema(document.get("schema"), name)
-    tensors = _tensors(_verified(folder, STATE, files[STATE]))
+    tensors = tensors_of(_verified(folder, STATE, files[STATE]))
     used: set[str] = set()
-    decoded = _decoded(document, tensors, used)
+    decoded: dict[str, Any] = decoded_tree(document, tensors, used)
     if unused := tensors.keys() - used:
         raise ArtifactError(f"{STATE} holds what nothing refers to: {sorted(unused)[:3]}")
-    result: dict[str, Any] = decoded
-    return result
+    return decoded
 
 
 def _check_schema(schema: Any, name: str) -> None:
@@ -285,7 +195,7 @@ def _manifest(folder: Path, sizes: Mapping[str, int], sha256: str | None) -> dic
     text = bytes(_opened(folder, MANIFEST, sizes[MANIFEST]))
     if sha256 is not None and hashlib.sha256(text).hexdigest() != sha256.lower():
         raise ArtifactError(f"{MANIFEST} has another SHA-256 than the one asked for")
-    manifest = _json(text, MANIFEST)
+    manifest = strict_json(text, MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("format") != "oodcore":
         raise ArtifactError(f"{MANIFEST} is not a manifest of oodcore")
     _check_schema(manifest.get("schema"), MANIFEST)
@@ -329,138 +239,3 @@ def _verified(folder: Path, name: str, file: Mapping[str, Any]) -> mmap.mmap | b
     if hashlib.sha256(content).hexdigest() != file["sha256"]:
         raise ArtifactError(f"{name} is damaged: its SHA-256 is not the one in {MANIFEST}")
     return content
-
-
-def _json(content: bytes, name: str) -> Any:
-    """Strict JSON of bounded depth and size: UTF-8, finite numbers, no key twice."""
-    try:
-        text = content.decode()
-    except UnicodeDecodeError as error:
-        raise ArtifactError(f"{name} is not UTF-8: {error.reason}") from None
-    _refuse_bombs(text, name)
-    try:
-        value = json.loads(
-            text, object_pairs_hook=_unique, parse_constant=_refused, parse_float=_finite
-        )
-        if "\\u" in text:
-            # Half of a pair of surrogates is no text: it could not even be shown in a message.
-            json.dumps(value, ensure_ascii=False).encode()
-    except ValueError as error:
-        raise ArtifactError(f"{name} is not valid JSON: {str(error)[:200]}") from None
-    return value
-
-
-def _refuse_bombs(text: str, name: str) -> None:
-    """Raise an ArtifactError for what would take long to parse; in one pass, whatever it is."""
-    depth = parts = 0
-    for bracket in _BRACKETS.finditer(_STRINGS.sub("", _ESCAPES.sub("", text))):
-        opens = bracket.group() in "[{"
-        depth += 1 if opens else -1
-        parts += opens
-        if depth > DEPTH_LIMIT:
-            raise ArtifactError(f"{name} is nested deeper than {DEPTH_LIMIT}")
-        if parts > PARTS_LIMIT:
-            raise ArtifactError(f"{name} holds more than {PARTS_LIMIT} lists and mappings")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return result
-
-
-def _refused(constant: str) -> Any:
-    raise ValueError(f"{constant} is not JSON")
-
-
-def _finite(digits: str) -> float:
-    value = float(digits)
-    if math.isinf(value):
-        raise ValueError(f"{digits[:20]} is too large")
-    return value
-
-
-def _tensors(content: mmap.mmap | bytes) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, mapped; every number in them is finite."""
-    if len(content) < 8:
-        raise ArtifactError(f"{STATE} is too short")
-    length = struct.unpack("<Q", content[:8])[0]
-    if length > HEADER_LIMIT or length > len(content) - 8:
-        raise ArtifactError(f"{STATE}: a header of {length} bytes; at most {HEADER_LIMIT}")
-    header = _json(bytes(content[8 : 8 + length]), STATE)
-    if not isinstance(header, dict):
-        raise ArtifactError(f"{STATE}: the header is no mapping")
-    header.pop("__metadata__", None)
-    body, end, tensors = 8 + length, 0, {}
-    entries = [(name, *_entry(name, entry)) for name, entry in header.items()]
-    for name, dtype, shape, first, last in sorted(entries, key=lambda entry: entry[3:]):
-        count = torch.Size(shape).numel()
-        if first != end or last - first != count * dtype.itemsize:
-            raise ArtifactError(f"{STATE}: '{name}' does not fit its place in the file")
-        end = last
-        if body + end > len(content):
-            raise ArtifactError(f"{STATE} ends inside '{name}'")
-        if count and (body + first) % dtype.itemsize:
-            raise ArtifactError(f"{STATE}: '{name}' is not aligned")
-        tensor = (
-            torch.frombuffer(content, dtype=dtype, count=count, offset=body + first).reshape(shape)
-            if count
-            else torch.empty(shape, dtype=dtype)
-        )
-        if dtype.is_floating_point and not all(
-            bool(torch.isfinite(part).all()) for part in torch.split(tensor.flatten(), 2**24)
-        ):
-            raise ArtifactError(f"{STATE}: '{name}' holds numbers that are not finite")
-        tensors[name] = tensor
-    if body + end != len(content):
-        raise ArtifactError(f"{STATE} holds bytes that belong to no tensor")
-    return tensors
-
-
-def _entry(name: str, entry: Any) -> tuple[torch.dtype, list[int], int, int]:
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise ArtifactError(f"{STATE}: '{name}' needs dtype, shape and data_offsets")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [-1]
-    plain = all(type(n) is int and 0 <= n < 2**62 for n in numbers)
-    # Strides are products of sizes, and must be numbers even where another size is zero.
-    plain = plain and math.prod(max(n, 1) for n in numbers[:-2]) < 2**62
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        plain = False
-    if not plain or len(shape) > 8 or len(offsets) != 2:
-        raise ArtifactError(f"{STATE}: '{name}' has an impossible dtype, shape or place")
-    return DTYPES[dtype], shape, offsets[0], offsets[1]
-
-
-def _decoded(value: Any, tensors: Mapping[str, Tensor], used: set[str]) -> Any:
-    if isinstance(value, list):
-        return [_decoded(item, tensors, used) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if not any(name.startswith("$") for name in value):
-        return {name: _decoded(item, tensors, used) for name, item in value.items()}
-    forms = {"$tensor": {"$tensor"}, "$rows": {"$rows"}}
-    forms["$index"] = {"$index", "metric", "factory", "normalized"}
-    form = next((name for name in forms if name in value), None)
-    name = None if form is None else value[form]
-    known = isinstance(name, str) and name in tensors
-    if form is None or value.keys() != forms[form] or not known:
-        raise ArtifactError(f"a reference that leads nowhere: {str(value)[:100]}")
-    used.add(value[form])
-    tensor = tensors[value[form]]
-    if form == "$tensor":
-        return tensor.clone()
-    if tensor.ndim == 0:
-        raise ArtifactError(f"'{value[form]}' is no rows")
-    rows = Rows.mapped(tensor)
-    if form == "$rows":
-        return rows
-    if (
-        value["metric"] not in ("l2", "inner_product")
-        or not isinstance(value["factory"], str)
-        or not isinstance(value["normalized"], bool)
-        or tensor.ndim != 2
-    ):
-        raise ArtifactError(f"an index that cannot be built: {str(value)[:100]}")
-    return Index(rows, value["metric"], value["factory"], value["normalized"])

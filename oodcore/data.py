@@ -282,7 +282,7 @@ def _integers(value: Any, rows: int, name: str) -> Tensor | None:
     else:
         try:
             tensor = torch.as_tensor(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RuntimeError):
             raise DataError(f"{name} must be integers, one a row, not {value!r:.80}") from None
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise DataError(f"{name} must be integers, not {str(tensor.dtype).removeprefix('torch.')}")

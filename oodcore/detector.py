@@ -76,6 +76,7 @@ class Detector(Decision):
             seed,
         )
         check_recipe(self.recipe.scorer, self.recipe.shapers)
+        _refuse_device(device)
         self.extractor, self._model = _modelled(model, device)
         self.device = device
         self.batch_size = batch_size
@@ -310,6 +311,17 @@ def _modelled(model: Any, device: str) -> tuple[Extractor | None, FeatureModel |
     if isinstance(model, nn.Module):
         return None, _same_device(FeatureModel.wrap(model), device)
     return registry.build("extractor", model), None  # type: ignore[return-value]
+
+
+def _refuse_device(device: str) -> None:
+    """Raise a ConfigurationError for a device that torch does not know."""
+    try:
+        torch.device("cpu" if device == "auto" else device)
+    except (RuntimeError, TypeError) as error:
+        told = str(error).splitlines()[0][:200]
+        raise ConfigurationError(
+            f"device is 'auto' or as torch names it, not {device!r}: {told}"
+        ) from None
 
 
 def _same_device(model: FeatureModel, device: str) -> FeatureModel:

@@ -93,6 +93,13 @@ class Features:
     rerun: Rerun | None = None
 
     def __post_init__(self) -> None:
+        for name in ("embeddings", "logits", "labels", "ids"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Tensor):
+                raise DataError(
+                    f"{name} must be a torch.Tensor, not {type(value).__name__}; "
+                    "torch.as_tensor makes one"
+                )
         if self.logits is None and self.head is not None and self.embeddings is not None:
             if self.embeddings.ndim == 2 and self.embeddings.shape[1] != self.head.weight.shape[1]:
                 raise DataError(
@@ -111,6 +118,11 @@ class Features:
             if value.ndim != wanted or value.shape[0] != rows:
                 shape = f"[{rows}, ...]" if wanted == 2 else f"[{rows}]"
                 raise DataError(f"{name} must be {shape}, not {list(value.shape)}")
+            if wanted == 1 and (value.is_floating_point() or value.dtype == torch.bool):
+                kind = str(value.dtype).removeprefix("torch.")
+                raise DataError(f"{name} must be integers, not {kind}")
+            if wanted == 1:
+                object.__setattr__(self, name, value.to(torch.int64))
         for name, value in self.layers.items():
             if value.shape[0] != rows:
                 raise DataError(f"layer '{name}' has {value.shape[0]} rows, not {rows}")
@@ -143,17 +155,21 @@ class Features:
         Logits and labels stay, and the head goes: it does not fit these embeddings.
 
         Raises:
-            DataError: the layer is not among ``layers``.
+            DataError: the layer is not among ``layers``, or an unknown way of pooling.
         """
         if layer not in self.layers:
             raise DataError(f"no layer '{layer}'; there are: {', '.join(self.layers) or 'none'}")
-        rows = self.layers[layer].flatten(2) if self.layers[layer].ndim > 2 else self.layers[layer]
+        if pool not in ("mean", "max", "flatten"):
+            raise DataError(f"a layer is pooled by mean, max or flatten, not {pool!r}")
+        rows = self.layers[layer]
+        rows = rows.to(_wide(rows.device))
         if rows.ndim == 1:
             rows = rows[:, None]
-        if rows.ndim == 3:
-            pooled = {"mean": lambda r: r.mean(2), "max": lambda r: r.amax(2)}
-            rows = pooled[pool](rows) if pool in pooled else rows.flatten(1)
-        return replace(self, embeddings=rows.to(_wide(rows.device)), head=None)
+        if rows.ndim > 2 and pool == "flatten":
+            rows = rows.flatten(1)
+        elif rows.ndim > 2:
+            rows = rows.flatten(2).mean(2) if pool == "mean" else rows.flatten(2).amax(2)
+        return replace(self, embeddings=rows, head=None)
 
     def normalized(self) -> Features:
         """Embeddings of unit norm (a zero row stays zero); logits stay, the head goes."""

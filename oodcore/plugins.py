@@ -201,8 +201,10 @@ class Registry:
             return
         try:
             self._admit(entry.load(), record)
-        except (Exception, SystemExit) as error:
-            reason = str(error) if isinstance(error, PluginError) else repr(error)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            reason = str(error) if isinstance(error, PluginError) else _shown(error)
             if os.environ.get("OODCORE_STRICT_PLUGINS") == "1":
                 raise PluginError(f"plugin {record} failed: {reason}") from error
             self._plugins.append(replace(record, error=reason))
@@ -272,6 +274,14 @@ class Registry:
             self._owners[slot, cls.kind] = admitted
         self._plugins.append(admitted)
         return admitted
+
+
+def _shown(error: BaseException) -> str:
+    """An error as it shows itself, if it can, in characters that can be written anywhere."""
+    try:
+        return repr(error).encode("utf-8", "backslashreplace").decode()
+    except Exception:  # noqa: BLE001 - the plugin's class, which may be broken as well
+        return type(error).__name__
 
 
 def one(slot: str) -> str:

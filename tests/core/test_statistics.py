@@ -258,3 +258,56 @@ def test_what_a_statistic_needs() -> None:
     state = ClassMoments().init(shape(rows))
     with pytest.raises(DataError, match="embeddings"):
         ClassMoments().update(state, Features(logits=rows.logits))
+
+
+@pytest.mark.parametrize("statistic", [*MOMENTS, *KEEPING, *OTHERS], ids=str)
+def test_a_view_does_not_change_when_more_rows_come(statistic: Statistic) -> None:
+    rows = drawn(30)
+    state = taken(statistic, [rows[slice(0, 10)]], rows)
+    view = statistic.view(state)
+    before = {name: value.copy() for name, value in numbers(view).items()}
+    statistic.update(state, rows[slice(10, 30)])
+    after = numbers(view)
+    for name, value in before.items():
+        np.testing.assert_array_equal(after[name], value)
+
+
+@pytest.mark.parametrize("statistic", [*MOMENTS, *OTHERS], ids=str)
+def test_merging_leaves_both_as_they_were(statistic: Statistic) -> None:
+    rows = drawn(30)
+    states = [taken(statistic, [rows[part]], rows) for part in (slice(0, 9), slice(9, 30))]
+    before = [{name: value.clone() for name, value in state.items()} for state in states]
+    statistic.merge(*states)
+    for state, kept in zip(states, before, strict=True):
+        assert all(torch.equal(state[name], kept[name]) for name in kept)
+
+
+@pytest.mark.parametrize("per_class", [False, True])
+def test_a_sample_of_a_long_stream_keeps_few_rows_on_the_way(per_class: bool) -> None:
+    statistic = Sample(capacity=5, per_class=per_class)
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 3, (4000,), generator=generator)
+    rows = Features(embeddings=torch.randn(4000, 1), labels=labels, ids=torch.arange(4000))
+    state = statistic.init(Shape(3, 1))
+    most = 0
+    for first in range(0, 4000, 8):
+        state = statistic.update(state, rows[slice(first, first + 8)])
+        most = max(most, len(state["ids"]))
+    assert most <= 2 * 5 * (3 if per_class else 1) + 8
+    hashes = hashed(rows.ids, 0, "sample")
+    groups = [labels == k for k in range(3)] if per_class else [labels >= 0]
+    wanted = [rows.ids[group][hashes[group].argsort()[:5]] for group in groups]
+    kept = statistic.view(state).ids.tensor()
+    assert sorted(kept.tolist()) == sorted(torch.cat(wanted).tolist())
+    assert hashes[kept].diff().gt(0).all()
+
+
+def test_a_sample_is_uniform() -> None:
+    counts = np.zeros(20)
+    rows = Features(embeddings=torch.zeros(20, 1), ids=torch.arange(20))
+    for seed in range(600):
+        statistic = Sample(capacity=5, seed=seed)
+        counts[statistic.view(taken(statistic, [rows], drawn(1, 1, 1))).ids.tensor().numpy()] += 1
+    # 150 of 600 are expected for each; the 99.99 % quantile of chi-square with 19 degrees is 51,
+    # and drawing without replacement only narrows it.
+    assert ((counts - 150) ** 2 / 150).sum() < 51

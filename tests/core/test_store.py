@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -159,3 +160,76 @@ def test_later_training_of_the_head_does_not_reach_the_store() -> None:
     weight += 1
     assert store.head is not None
     assert torch.equal(store.head.weight, before)
+
+
+def test_rows_without_ids_are_numbered_as_they_come() -> None:
+    store = FeatureStore(statistics=[Bank()])
+    for count in (3, 0, 2):
+        store.update(Features(embeddings=torch.randn(count, D)))
+    assert store[Bank()].ids.tensor().tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_batch_that_is_refused_changes_nothing() -> None:
+    good = rows(8)
+    bad = [
+        replace(good, labels=torch.full((8,), K)),
+        replace(good, labels=None),
+        replace(good, layers={}),
+        replace(good, layers={"map": torch.randn(8, 2, 2, 2)}),
+        replace(good, embeddings=torch.randn(8, D + 1), head=None),
+    ]
+    store = FeatureStore(statistics=ALL)
+    for batch in bad[:1] + bad[2:3]:
+        with pytest.raises(DataError):
+            store.update(batch)
+    store.update(good)
+    for batch in bad:
+        with pytest.raises(DataError):
+            store.update(batch)
+    expected = FeatureStore(statistics=ALL).update(good)
+    assert store.rows == 8
+    assert torch.equal(store[ClassMoments()].scatter, expected[ClassMoments()].scatter)
+    assert len(store[Bank()].classes) == len(store[Bank()].embeddings) == 8
+
+
+def test_the_first_batch_that_is_refused_does_not_settle_the_classes() -> None:
+    store = FeatureStore(statistics=[ClassMoments()])
+    with pytest.raises(DataError, match="row 2 has the label -1"):
+        store.update(Features(embeddings=torch.randn(3, D), labels=torch.tensor([0, 1, -1])))
+    store.update(Features(embeddings=torch.randn(3, D), labels=torch.tensor([0, 4, 1])))
+    assert store.classes == 5
+
+
+def test_a_batch_without_rows_is_no_batch() -> None:
+    store = FeatureStore(statistics=ALL).update(rows(0))
+    assert (store.rows, store.classes, store.labelling) == (0, K, None)
+    store.update(rows(5)).update(rows(0))
+    assert store.rows == 5
+
+
+def test_the_store_holds_no_graph() -> None:
+    embeddings = torch.randn(6, D, dtype=torch.float64, requires_grad=True)
+    store = FeatureStore(statistics=[ClassMoments(), NormMoments(), Bank()])
+    store.update(Features(embeddings=embeddings))
+    assert not store[ClassMoments()].mean.requires_grad
+    assert not store[NormMoments()].mean.requires_grad
+
+
+def test_a_view_stays_as_it_was_when_more_rows_come() -> None:
+    store = FeatureStore(statistics=ALL).update(rows(9))
+    moments, norms = store[ClassMoments()], store.norms
+    before = moments.scatter.clone(), moments.mean.clone(), norms.mean.clone()
+    store.update(rows(20, 100))
+    for one, other in zip(before, (moments.scatter, moments.mean, norms.mean), strict=True):
+        assert torch.equal(one, other)
+    assert not torch.equal(store[ClassMoments()].scatter, before[0])
+
+
+def test_a_loaded_store_goes_on(tmp_path: Path) -> None:
+    whole = FeatureStore(statistics=ALL).update(rows(30)).update(rows(20, 100))
+    store = FeatureStore(statistics=ALL).update(rows(30))
+    loaded = FeatureStore.load(store.save(tmp_path / "store")).update(rows(20, 100))
+    np.testing.assert_allclose(loaded[ClassMoments()].scatter, whole[ClassMoments()].scatter)
+    sample = Sample(capacity=9)
+    assert loaded[sample].ids.tensor().tolist() == whole[sample].ids.tensor().tolist()
+    assert len(loaded[Bank()]) == 50
