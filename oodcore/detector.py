@@ -288,7 +288,7 @@ def load(
             that is not allowed or a plugin that is not installed.
     """
     from oodcore.artifact import read_artifact
-    from oodcore.packing import unpacked
+    from oodcore.unpacking import unpacked
 
     if isinstance(allow, str):
         raise ConfigurationError("allow is a list of names: write allow=[...]")

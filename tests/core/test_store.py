@@ -202,7 +202,7 @@ def test_the_first_batch_that_is_refused_does_not_settle_the_classes() -> None:
 
 def test_a_batch_without_rows_is_no_batch() -> None:
     store = FeatureStore(statistics=ALL).update(rows(0))
-    assert (store.rows, store.classes, store.labelling) == (0, K, None)
+    assert (store.rows, store.classes, store.labelling) == (0, None, None)
     store.update(rows(5)).update(rows(0))
     assert store.rows == 5
 
