@@ -235,9 +235,12 @@ def test_an_interrupted_run_leaves_what_can_be_resumed(said, place, tmp_path, mo
         return report
 
     command = ["train", place / "training.yaml", "--out", tmp_path / "run"]
+    # Where these tests run in the background of a shell, the signal would be ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with monkeypatch.context() as patch:
         patch.setattr(streams.Bars, "steps", interrupting)
         done = said(*command)
+    signal.signal(signal.SIGINT, before)
     assert (done.code, done.out) == (130, "")
     assert only_line(done.err) == "error: interrupted"
     assert not (tmp_path / "run" / "run.json").exists()

@@ -122,6 +122,7 @@ def test_batches_put_together() -> None:
     assert whole.ids.tolist() == [10, 11, 12, 13, 20, 21, 22]
     assert torch.equal(whole.embeddings, torch.cat([made(4, 1).embeddings, made(3, 2).embeddings]))
     assert whole.layers["map"].shape == (7, 2, 3, 5)
+    assert whole.head is not None
     bare = Features(embeddings=random(2, 4))
     mixed = Features.cat([made(4), bare])
     assert mixed.labels is None

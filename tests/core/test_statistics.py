@@ -294,6 +294,7 @@ def test_a_sample_of_a_long_stream_keeps_few_rows_on_the_way(per_class: bool) ->
         state = statistic.update(state, rows[slice(first, first + 8)])
         most = max(most, len(state["ids"]))
     assert most <= 2 * 5 * (3 if per_class else 1) + 8
+    assert (state["limits"] < 2**58).all(), "later rows are kept for nothing"
     hashes = hashed(rows.ids, 0, "sample")
     groups = [labels == k for k in range(3)] if per_class else [labels >= 0]
     wanted = [rows.ids[group][hashes[group].argsort()[:5]] for group in groups]
