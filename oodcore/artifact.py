@@ -17,7 +17,7 @@ from torch import Tensor
 
 from oodcore.encoding import (
     STATE,
-    decoded_tree,
+    Decoder,
     encoded,
     refuse_bombs,
     safetensors,
@@ -158,9 +158,9 @@ def _read(folder: Path, kinds: tuple[str, ...], sha256: str | None) -> dict[str,
         raise ArtifactError(f"{name} is not a {' or '.join(kinds)}")
     _check_schema(document.get("schema"), name)
     tensors = tensors_of(_verified(folder, STATE, files[STATE]))
-    used: set[str] = set()
-    decoded: dict[str, Any] = decoded_tree(document, tensors, used)
-    if unused := tensors.keys() - used:
+    decoder = Decoder(tensors)
+    decoded: dict[str, Any] = decoder.tree(document)
+    if unused := tensors.keys() - decoder.used:
         raise ArtifactError(f"{STATE} holds what nothing refers to: {sorted(unused)[:3]}")
     return decoded
 

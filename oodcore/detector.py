@@ -336,4 +336,8 @@ def _same_device(model: FeatureModel, device: str) -> FeatureModel:
 def _placed(model: FeatureModel, device: str) -> FeatureModel:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device)
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        told = str(error).splitlines()[0]
+        raise ConfigurationError(f"the model cannot be put on '{device}': {told}") from None

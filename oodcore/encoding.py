@@ -208,34 +208,76 @@ def _entry(name: str, entry: Any) -> tuple[torch.dtype, list[int], int, int]:
     return DTYPES[dtype], shape, offsets[0], offsets[1]
 
 
-def decoded_tree(value: Any, tensors: Mapping[str, Tensor], used: set[str]) -> Any:
-    if isinstance(value, list):
-        return [decoded_tree(item, tensors, used) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if not any(name.startswith("$") for name in value):
-        return {name: decoded_tree(item, tensors, used) for name, item in value.items()}
-    forms = {"$tensor": {"$tensor"}, "$rows": {"$rows"}}
-    forms["$index"] = {"$index", "metric", "factory", "normalized"}
-    form = next((name for name in forms if name in value), None)
-    name = None if form is None else value[form]
-    known = isinstance(name, str) and name in tensors
-    if form is None or value.keys() != forms[form] or not known:
-        raise ArtifactError(f"a reference that leads nowhere: {str(value)[:100]}")
-    used.add(value[form])
-    tensor = tensors[value[form]]
-    if form == "$tensor":
-        return tensor.clone()
-    if tensor.ndim == 0:
-        raise ArtifactError(f"'{value[form]}' is no rows")
-    rows = Rows.mapped(tensor)
-    if form == "$rows":
-        return rows
-    if (
-        value["metric"] not in ("l2", "inner_product")
-        or not isinstance(value["factory"], str)
-        or not isinstance(value["normalized"], bool)
-        or tensor.ndim != 2
-    ):
-        raise ArtifactError(f"an index that cannot be built: {str(value)[:100]}")
-    return Index(rows, value["metric"], value["factory"], value["normalized"])
+class Decoder:
+    """Puts the tensors of a file in the place of the references to them.
+
+    Args:
+        tensors: by name.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+        self._copies: dict[str, Tensor] = {}
+        self._indexes: dict[tuple[str, str, str, bool], Index] = {}
+        self._budget = REPEATS * sum(tensor.nbytes for tensor in tensors.values()) + 2**20
+        self.used: set[str] = set()
+
+    def tree(self, value: Any) -> Any:
+        """Plain values, with tensors, rows and indexes where the references were.
+
+        Raises:
+            ArtifactError: a reference that leads nowhere, or so many to the same tensors that
+                copies of them would fill the memory.
+        """
+        if isinstance(value, list):
+            return [self.tree(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        if not any(name.startswith("$") for name in value):
+            return {name: self.tree(item) for name, item in value.items()}
+        form = next((name for name in _FORMS if name in value), None)
+        name = None if form is None else value[form]
+        if form is None or value.keys() != _FORMS[form] or not isinstance(name, str):
+            raise ArtifactError(f"a reference that leads nowhere: {str(value)[:100]}")
+        if name not in self._tensors:
+            raise ArtifactError(f"a reference that leads nowhere: {str(value)[:100]}")
+        self.used.add(name)
+        if form == "$tensor":
+            return self._copy(name)
+        if self._tensors[name].ndim == 0:
+            raise ArtifactError(f"'{name}' is no rows")
+        return Rows.mapped(self._tensors[name]) if form == "$rows" else self._index(name, value)
+
+    def _copy(self, name: str) -> Tensor:
+        self._budget -= self._tensors[name].nbytes
+        if self._budget < 0:
+            raise ArtifactError(f"too many references to the same tensors, '{name}' among them")
+        if name not in self._copies:
+            self._copies[name] = self._tensors[name].clone()
+        return self._copies[name]
+
+    def _index(self, name: str, value: Mapping[str, Any]) -> Index:
+        metric, factory, normalized = value["metric"], value["factory"], value["normalized"]
+        if (
+            metric not in ("l2", "inner_product")
+            or not isinstance(factory, str)
+            or not isinstance(normalized, bool)
+            or self._tensors[name].ndim != 2
+        ):
+            raise ArtifactError(f"an index that cannot be built: {str(value)[:100]}")
+        key = name, metric, factory, normalized
+        if key not in self._indexes:
+            self._indexes[key] = Index(
+                Rows.mapped(self._tensors[name]), metric, factory, normalized
+            )
+        return self._indexes[key]
+
+
+REPEATS = 16
+"""How often a tensor may be referred to, on the average: many copies would fill the memory."""
+
+_FORMS = {
+    "$tensor": {"$tensor"},
+    "$rows": {"$rows"},
+    "$index": {"$index", "metric", "factory", "normalized"},
+}

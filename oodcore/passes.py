@@ -180,6 +180,10 @@ def features_of(
             elif features.rerun is not None:
                 features = replace(features, rerun=_wide(features.rerun))
             features = features.double().check_finite("features")
+        for name in ("embeddings", "logits"):
+            value = getattr(features, name)
+            if value is not None and value.shape[1] == 0:
+                raise DataError(f"the {name} have no columns")
         yield features
 
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 GROUP = "oodcore"
 OWN = "oodcore"
+UNNAMED = "unnamed"
+"""Stands for the distribution of what was registered by hand and installed by none."""
 SLOTS: Mapping[str, str] = {
     "extractor": "oodcore.extractor:Extractor",
     "statistic": "oodcore.statistic:Statistic",
@@ -327,7 +329,7 @@ def _distribution_of(plugin: Any) -> tuple[str, str]:
     top = str(module).partition(".")[0]
     for name in _packages().get(top, ()):
         return _normal(name), importlib.metadata.version(name)
-    return "unnamed", "0"
+    return UNNAMED, "0"
 
 
 @cache

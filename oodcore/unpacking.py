@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -11,12 +13,14 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 from torch import Tensor
 
 from oodcore.calibration import Calibration
+from oodcore.component import Component
 from oodcore.decision import Decision
 from oodcore.errors import ArtifactError, DataError, OodcoreError
+from oodcore.extractor import Extractor
 from oodcore.features import Features, Head
 from oodcore.fitting import Fitting
 from oodcore.index import Rows
-from oodcore.plugins import registry
+from oodcore.plugins import UNNAMED, registry
 from oodcore.recipe import Learnt, Recipe, scored, shaped
 from oodcore.scorer import needed, state_at, tree
 from oodcore.spool import dtype_of
@@ -24,6 +28,8 @@ from oodcore.spool import dtype_of
 if TYPE_CHECKING:
     from oodcore.detector import Detector
     from oodcore.ensemble import Ensemble
+
+log = logging.getLogger("oodcore")
 
 SIZE_LIMIT = 2**26
 """Numbers in a row of features: more is no honest artifact."""
@@ -48,8 +54,8 @@ class _Configuration(_Strict):
     shapers: list[dict[str, Any]]
     scorer: dict[str, Any]
     device: str
-    batch_size: int
-    num_workers: int
+    batch_size: Size
+    num_workers: Annotated[int, Field(ge=0, le=256)]
     seed: int
 
 
@@ -162,6 +168,8 @@ def _rebuilt_ensemble(saved: _Ensemble, model: Any, allow: frozenset[str]) -> En
     names = [member.name for member in saved.members]
     if not isinstance(models, Mapping) or not set(models) <= set(names):
         raise ArtifactError(f"this is an ensemble: give model= as a mapping from {names} to models")
+    if len(set(names)) != len(names):
+        raise ArtifactError(f"detector.json: two members have one name: {names}")
     members = {
         member.name: _rebuilt(member.detector, models.get(member.name), allow)
         for member in saved.members
@@ -180,11 +188,26 @@ def _refuse_missing(components: list[list[str]]) -> None:
         if len(origin) != 4 or origin[0] not in ("extractor", "statistic", "scorer", "shaper"):
             raise ArtifactError(f"detector.json names a component that cannot be: {origin}")
         slot, kind, distribution, release = origin
-        if registry.find(slot, kind) is None:
+        if registry.find(slot, kind) is not None:
+            continue
+        if distribution == UNNAMED:
             raise ArtifactError(
-                f"the {slot} '{kind}' comes from {distribution} {release}, which is not installed: "
-                f"pip install '{distribution}=={release}'"
+                f"the {slot} '{kind}' was registered by hand where this was saved: register it "
+                "again (registry.using, registry.register) before loading"
             )
+        if not _NAME.fullmatch(distribution) or not _RELEASE.fullmatch(release):
+            raise ArtifactError(
+                f"the {slot} {kind!r} is not installed, and it comes from what is no distribution"
+            )
+        raise ArtifactError(
+            f"the {slot} '{kind}' comes from {distribution} {release}, which is not installed: "
+            f"pip install '{distribution}=={release}'"
+        )
+
+
+# What is told to be pasted into a shell is no more than a name and a version.
+_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,98}[A-Za-z0-9])?")
+_RELEASE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.!+_-]{0,99}")
 
 
 def _rebuilt(saved: _Detector, model: Any, allow: frozenset[str]) -> Detector:
@@ -195,7 +218,7 @@ def _rebuilt(saved: _Detector, model: Any, allow: frozenset[str]) -> Detector:
     extractor = configuration.extractor
     if extractor is not None and model is None:
         model = registry.build("extractor", extractor)
-        if refused := sorted(set(model.code()) - allow):
+        if refused := sorted(_code(model) - allow):
             raise ArtifactError(
                 f"this artifact runs {', '.join(refused)}: allow it by name if you trust it "
                 f"(allow={refused!r}, or --allow {refused[0]}), or give model="
@@ -204,7 +227,7 @@ def _rebuilt(saved: _Detector, model: Any, allow: frozenset[str]) -> Detector:
         model,
         scorer=configuration.scorer,
         shapers=configuration.shapers,
-        device=configuration.device if extractor is not None else "auto",
+        device=_here(configuration.device) if extractor is not None else "auto",
         batch_size=configuration.batch_size,
         num_workers=configuration.num_workers,
         seed=configuration.seed,
@@ -227,6 +250,22 @@ def _rebuilt(saved: _Detector, model: Any, allow: frozenset[str]) -> Detector:
     if saved.store is not None:
         detector.fitting = _resumed(saved.store, detector)
     return detector
+
+
+def _code(extractor: Component) -> set[str]:
+    """The importable names that an extractor, and any inside it, would run."""
+    parts = [part for part in extractor.walk() if isinstance(part, Extractor)]
+    return {name for part in parts for name in part.code()}
+
+
+def _here(device: str) -> str:
+    """The device that was asked for where the artifact was made, if this machine has it."""
+    try:
+        torch.empty(1, device="cpu" if device == "auto" else device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        log.warning("this machine has no device '%s', which the artifact asks for", device)
+        return "auto"
+    return device
 
 
 def _resumed(saved: _Store, detector: Detector) -> Fitting:
