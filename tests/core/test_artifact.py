@@ -432,3 +432,182 @@ def test_things_that_are_no_artifacts(tmp_path: Path) -> None:
     store.update(rows(10)).save(tmp_path / "store")
     with pytest.raises(ArtifactError, match="not a detector"):
         oodcore.load(tmp_path / "store")
+
+
+class Layered(oodcore.Scorer):
+    """Reads a layer with a weight of the layer's own type, and keeps a statistic of its own."""
+
+    kind = "layered"
+
+    def needs(self) -> frozenset[str]:
+        return frozenset({"layers.narrow"})
+
+    def statistics(self) -> tuple[oodcore.Statistic, ...]:
+        return (Counted(),)
+
+    def fit(self, store: oodcore.FeatureStore) -> dict[str, torch.Tensor]:
+        return {"weight": torch.ones(2, dtype=torch.float16), "count": store[Counted()]["count"]}
+
+    def score(self, features: Features, state: dict[str, torch.Tensor]) -> torch.Tensor:
+        return (features.layers["narrow"] @ state["weight"]).double()
+
+
+class Counted(oodcore.Statistic):
+    """How many rows there were."""
+
+    kind = "counted"
+
+    def needs(self) -> frozenset[str]:
+        return frozenset({"layers.narrow"})
+
+    def init(self, shape: oodcore.Shape) -> dict[str, torch.Tensor]:
+        return {"count": torch.zeros((), dtype=torch.float64)}
+
+    def update(self, state: dict[str, torch.Tensor], features: Features) -> dict[str, torch.Tensor]:
+        return {"count": state["count"] + len(features)}
+
+    def merge(
+        self, a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        return {"count": a["count"] + b["count"]}
+
+
+class LayeredPlugin:
+    @oodcore.hookimpl
+    def register_scorers(self, register: Callable[[type], None]) -> None:
+        register(Layered)
+
+
+class CountedPlugin:
+    @oodcore.hookimpl
+    def register_statistics(self, register: Callable[[type], None]) -> None:
+        register(Counted)
+
+
+def test_a_layer_is_tried_in_its_own_type_and_a_stores_statistics_are_plugins_too(
+    tmp_path: Path,
+) -> None:
+    train = Features(layers={"narrow": torch.ones(9, 2).half()})
+    with oodcore.registry.using(LayeredPlugin()):
+        fitted = Detector(scorer="layered").fit(train)
+        loaded = oodcore.load(fitted.save(tmp_path / "a"))
+        np.testing.assert_array_equal(loaded.score(train), fitted.score(train))
+        with pytest.raises(PluginError, match="the statistic 'counted' is not registered"):
+            fitted.save(tmp_path / "b", store=True)
+        with oodcore.registry.using(CountedPlugin()):
+            fitted.save(tmp_path / "b", store=True)
+        with pytest.raises(ArtifactError, match="the statistic 'counted' was registered by hand"):
+            oodcore.load(tmp_path / "b")
+
+
+def test_a_state_inside_what_passes_through_the_model_is_tried(tmp_path: Path) -> None:
+    inputs = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+    scorer = {"kind": "perturbed", "scorer": "mahalanobis"}
+    model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
+    folder = Detector(model, scorer=scorer).fit(inputs).save(tmp_path / "a")
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["learnt.scorer.scorer.means"] = torch.ones(7, 2, dtype=torch.float64)
+
+    change_state(folder, change)
+    with pytest.raises(ArtifactError, match="the state does not fit"):
+        oodcore.load(folder)
+
+
+HOSTILE_STORES: dict[str, Callable[[dict], object]] = {
+    "no example": lambda s: s["example"].update(columns={}, types={}),
+    "fewer places": lambda s: s["places"].clear(),
+    "no states": lambda s: s["stores"]["0"].update(states={}),
+    "other statistics": lambda s: s["stores"]["0"].update(statistics=[{"kind": "bank"}]),
+    "text for a number": lambda s: s["stores"]["0"].update(rows="90"),
+    "no spool": lambda s: s.update(spool=None),
+    "a spool too many": lambda s: s.update(held_spool=s["spool"]),
+    "other rows": lambda s: s.update(rows=91),
+    "no columns": lambda s: s["spool"].update(columns={}),
+    "columns changed": lambda s: s["spool"]["columns"].update(ids=s["spool"]["columns"]["logits"]),
+    "a type of none": lambda s: s["spool"]["types"].update(embeddings="Tensor"),
+    "a head of text": lambda s: s["spool"]["head"].update(scale="1"),
+    "no weight": lambda s: s["spool"]["head"].update(tensors={}),
+    "absurd classes": lambda s: s.update(classes=2**70),
+    "other labelling": lambda s: s["stores"]["0"].update(labelling="tea leaves"),
+}
+
+
+@pytest.mark.parametrize("change", HOSTILE_STORES.values(), ids=HOSTILE_STORES)
+def test_hostile_stores_are_refused(
+    change: Callable[[dict], object], detector: Detector, tmp_path: Path
+) -> None:
+    folder = detector.save(tmp_path / "a", store=True)
+    oodcore.load(folder).partial_fit(rows(9))
+    edit(folder, lambda d: change(d["store"]))
+    with pytest.raises(ArtifactError):
+        oodcore.load(folder)
+
+
+def test_labels_set_aside_are_those_of_classes(detector: Detector, tmp_path: Path) -> None:
+    folder = detector.save(tmp_path / "a", store=True)
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["store.spool.columns.labels"][50] = 2**40
+
+    change_state(folder, change)
+    with pytest.raises(ArtifactError, match="row 50 has the label"):
+        oodcore.load(folder)
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        ["scorer", "gone", "x'; rm -rf ~ #", "1.0"],
+        ["scorer", "gone", "oodcore-gone", "1.0' evil 'x"],
+        ["scorer", "gone", "--index-url=http://x", "1"],
+    ],
+)
+def test_a_command_to_paste_is_no_more_than_a_name_and_a_version(
+    origin: list[str], folder: Path
+) -> None:
+    edit(folder, lambda d: d["components"].append(origin))
+    with pytest.raises(ArtifactError, match="no distribution") as error:
+        oodcore.load(folder)
+    assert "pip" not in str(error.value)
+
+
+def test_many_references_do_not_fill_the_memory(detector: Detector, tmp_path: Path) -> None:
+    folder = detector.save(tmp_path / "a", store=True)
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["store.stores.0.states.0.big"] = torch.zeros(2**20)
+
+    change_state(folder, change)
+    again = {f"a{n}": {"$tensor": "store.stores.0.states.0.big"} for n in range(20_000)}
+    edit(folder, lambda d: d["store"]["stores"]["0"]["states"]["0"].update(again))
+    with pytest.raises(ArtifactError, match="too many references"):
+        oodcore.load(folder)
+
+
+def test_a_device_of_another_machine(tmp_path: Path) -> None:
+    name = "oodcore_plugins.networks:mlp"
+    model = {"kind": "torch", "factory": name, "arguments": {"inputs": 4, "classes": 3}}
+    fitted = Detector(model, scorer="energy")
+    folder = fitted.save(tmp_path / "a")
+    inputs = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    expected = fitted.score(inputs)
+    for device in ("cuda:99", "meta", "warp"):
+        edit(folder, lambda d, device=device: d["configuration"].update(device=device))
+        loaded = oodcore.load(folder, allow=[name])
+        np.testing.assert_array_equal(loaded.score(inputs), expected)
+
+
+@pytest.mark.parametrize("workers", [-1, 10**6])
+def test_absurd_workers_are_refused(workers: int, folder: Path) -> None:
+    edit(folder, lambda d: d["configuration"].update(num_workers=workers))
+    with pytest.raises(ArtifactError, match="num_workers"):
+        oodcore.load(folder)
+
+
+def test_two_members_of_one_name_are_refused(tmp_path: Path) -> None:
+    fitted = Detector(scorer="mahalanobis").fit(rows(30))
+    folder = oodcore.Ensemble({"a": fitted, "b": fitted}).save(tmp_path / "a")
+    edit(folder, lambda d: d["members"][1].update(name="a"))
+    with pytest.raises(ArtifactError, match="one name"):
+        oodcore.load(folder)

@@ -478,3 +478,20 @@ def test_to_device_moves_tensors_in_mappings_and_leaves_texts() -> None:
     moved = to_device({"a": X, "b": {"c": Y}}, torch.device("meta"))
     assert (moved["a"].device.type, moved["b"]["c"].device.type) == ("meta", "meta")
     assert to_device(["one", "two"], torch.device("meta")) == ["one", "two"]
+
+
+def test_labels_that_are_nothing_are_refused() -> None:
+    with pytest.raises(DataError, match="labels must be integers"):
+        Stream((X, [None] * len(X)))
+
+
+def test_what_is_adapted_already_is_left_as_it_is() -> None:
+    batch = Batch(X, Y)
+    [given] = list(Stream([batch], adapt=lambda item: item["nonesuch"]))
+    assert given.inputs is X
+
+
+def test_whole_data_is_here_at_once() -> None:
+    assert Stream((X, Y)).whole
+    assert Stream(Features(embeddings=X)).whole
+    assert not Stream([(X, Y)]).whole

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import oodcore
 from oodcore import Detector, FeatureModel, Features, Head
 from oodcore.data import held_out
-from oodcore.errors import ConfigurationError, DataError, NotFittedError
+from oodcore.errors import ArtifactError, ConfigurationError, DataError, NotFittedError
+from oodcore.passes import partial_fit
 
 K, D = 4, 6
 
@@ -410,3 +412,179 @@ def test_odin_of_a_head_given_apart() -> None:
     head = Head(torch.randn(K, D, generator=torch.Generator().manual_seed(0)))
     detector = Detector(FeatureModel.wrap(body, head=head), scorer="odin")
     assert detector.score(PROBE).shape == (50,)
+
+
+def test_weights_that_changed_are_not_claimed(tmp_path: Path) -> None:
+    for prepare in (
+        lambda model: Detector(model, scorer="mahalanobis").fit((X, Y)),
+        lambda model: Detector(model, scorer="mahalanobis").partial_fit((X, Y)),
+        lambda model: Detector(model, scorer="energy").calibrate(X, 0.1),
+    ):
+        model = Net().eval()
+        detector = prepare(model)
+        before = detector.save(tmp_path / "a", overwrite=True)
+        with torch.no_grad():
+            model.fc.weight.add_(1)
+        with pytest.raises(NotFittedError, match="weights are not those"):
+            detector.save(tmp_path / "b")
+        with pytest.raises(ArtifactError, match="other weights"):
+            oodcore.load(before, model=model)
+        detector.fit((X, Y)).save(tmp_path / "b", overwrite=True)
+        oodcore.load(tmp_path / "b", model=model)
+
+
+def test_an_artifact_stays_bound_to_its_model_when_it_is_saved_without_it(
+    net: Net, tmp_path: Path
+) -> None:
+    Detector(net, scorer="mahalanobis").fit((X, Y)).save(tmp_path / "a")
+    oodcore.load(tmp_path / "a").save(tmp_path / "b")
+    other = Net()
+    with torch.no_grad():
+        other.fc.bias.add_(1)
+    with pytest.raises(ArtifactError, match="other weights"):
+        oodcore.load(tmp_path / "b", model=other)
+    oodcore.load(tmp_path / "b", model=net)
+
+
+def test_a_store_that_was_not_loaded_is_not_saved(net: Net, tmp_path: Path) -> None:
+    Detector(net, scorer="mahalanobis").fit((X, Y)).save(tmp_path / "a")
+    with pytest.raises(NotFittedError, match="loaded without its store"):
+        oodcore.load(tmp_path / "a").save(tmp_path / "b", store=True)
+    Detector(net, scorer="energy").save(tmp_path / "c", store=True)
+
+
+def test_numbers_of_numpy_are_numbers(net: Net, tmp_path: Path) -> None:
+    recipe = RECIPES["zscore"]
+    given = Detector(net, **recipe, seed=np.int64(3), batch_size=np.int32(64)).fit((X, Y))
+    plain = Detector(net, **recipe, seed=3, batch_size=64).fit((X, Y))
+    np.testing.assert_array_equal(given.score(PROBE), plain.score(PROBE))
+    oodcore.load(given.save(tmp_path / "a"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 2.5}, "batch_size must be a whole number"),
+        ({"seed": "0"}, "seed must be a whole number"),
+        ({"num_workers": -1}, "num_workers must be at least 0"),
+        ({"device": "warp"}, "device is 'auto' or as torch names it"),
+    ],
+)
+def test_settings_are_checked(net: Net, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        Detector(net, scorer="energy", **arguments)
+
+
+def test_held_out_rows_pass_the_model_only_where_they_are_wanted(net: Net) -> None:
+    model = FeatureModel.wrap(net)
+    for name, extra in {"mahalanobis": 0, "dml": 0, "react knn": 0, "zscore": 40}.items():
+        before = model.rows_seen
+        Detector(model, **RECIPES[name]).fit((X, Y), X[:40])
+        assert model.rows_seen - before == 200 + extra, name
+
+
+class Reading(oodcore.Scorer):
+    """Reads a layer, in the type that the model gives it."""
+
+    kind = "reading"
+
+    def needs(self) -> frozenset[str]:
+        return frozenset({"layers.body.0"})
+
+    def measure(self, features: Features, state: Any) -> Tensor:
+        return features.layers["body.0"].mean(dim=1, keepdim=True)
+
+    def finish(self, state: Any, rows: Tensor, labels: Tensor | None) -> Any:
+        return {"weight": torch.ones(D, dtype=torch.float32), "mean": rows.mean(0)}
+
+    def score(self, features: Features, state: Any) -> Tensor:
+        product: Tensor = features.layers["body.0"] @ state["weight"] - state["mean"]
+        return product.double()
+
+
+class ReadingPlugin:
+    @oodcore.hookimpl
+    def register_scorers(self, register: Any) -> None:
+        register(Reading)
+
+
+def test_layers_keep_their_type_and_are_those_of_who_needs_them(net: Net, tmp_path: Path) -> None:
+    with oodcore.registry.using(ReadingPlugin()):
+        model = FeatureModel.wrap(net)
+        together = {
+            "knn": Detector(model, **RECIPES["react knn"]),
+            "reading": Detector(model, scorer="reading"),
+        }
+        oodcore.fit(together, (X[:150], Y[:150]))
+        assert together["knn"].model is model
+        for name, detector in together.items():
+            kept = oodcore.load(detector.save(tmp_path / name, store=True), model=net)
+            for one in (kept, detector):
+                one.partial_fit((X[150:], Y[150:]))
+            np.testing.assert_array_equal(kept.score(PROBE), detector.score(PROBE))
+        whole = Detector(net, scorer="reading").fit((X, Y))
+        np.testing.assert_allclose(together["reading"].score(PROBE), whole.score(PROBE), rtol=1e-6)
+
+
+def test_going_on_alone_leaves_behind_what_others_collect(net: Net) -> None:
+    together = {name: Detector(net, **STREAMED[name]) for name in ("mahalanobis", "knn")}
+    oodcore.fit(together, (X, Y))
+    alone = together["mahalanobis"].partial_fit((X, Y)).fitting
+    assert alone is not None
+    kinds = {s.kind for store in alone.stores.values() for s in store.statistics}
+    assert kinds == {"class_moments"}
+
+
+def test_many_go_on_in_one_pass(net: Net) -> None:
+    model = FeatureModel.wrap(net)
+    together = {name: Detector(model, **recipe) for name, recipe in STREAMED.items()}
+    oodcore.fit(together, (X[:90], Y[:90]))
+    before = model.rows_seen
+    partial_fit(together, (batch for batch in [(X[90:], Y[90:])]))
+    assert model.rows_seen - before == 110
+    for name, recipe in STREAMED.items():
+        whole = Detector(net, **recipe).fit((X, Y))
+        np.testing.assert_allclose(
+            together[name].score(PROBE), whole.score(PROBE), rtol=1e-9, err_msg=name
+        )
+
+
+def test_an_encoder_learns_how_many_classes_there_are_from_whole_arrays(net: Net) -> None:
+    encoder = FeatureModel.wrap(net.body, head=None)
+    expected = Detector(net, scorer="mahalanobis").fit((X, Y)).score(PROBE)
+    given = Detector(encoder, scorer="mahalanobis").fit((X, Y))
+    np.testing.assert_allclose(given.score(PROBE), expected, rtol=1e-9)
+
+
+def test_numbers_that_can_hardly_be_classes_are_refused() -> None:
+    labels = Y.clone()
+    labels[7] = 10**9
+    with pytest.raises(ConfigurationError, match=r"largest label of 200 rows is 1000000000"):
+        Detector(scorer="mahalanobis").fit((X, labels))
+    labels[7] = 999
+    Detector(scorer="mahalanobis").fit((X, labels))
+
+
+@pytest.mark.parametrize("name", ["mahalanobis", "react knn", "zscore", "odin"])
+def test_in_a_callers_inference_mode(net: Net, name: str) -> None:
+    expected = Detector(net, **RECIPES[name]).fit((X, Y)).score(PROBE)
+    with torch.inference_mode():
+        detector = Detector(net, **RECIPES[name]).fit((X, Y))
+        np.testing.assert_array_equal(detector.score(PROBE), expected)
+    np.testing.assert_array_equal(detector.score(PROBE), expected)
+
+
+def test_features_without_columns(net: Net) -> None:
+    with pytest.raises(DataError, match="embeddings have no columns"):
+        Detector(scorer="mahalanobis").fit(np.zeros((9, 0)))
+    with pytest.raises(DataError, match="logits have no columns"):
+        Detector(scorer="msp").score(Features(logits=torch.zeros(9, 0)))
+
+
+def test_copies_and_pickles_go_on_apart(net: Net) -> None:
+    detector = Detector(net, **RECIPES["zscore"]).fit((X[:150], Y[:150]))
+    expected = detector.score(PROBE)
+    for twin in (copy.deepcopy(detector), pickle.loads(pickle.dumps(detector))):
+        np.testing.assert_array_equal(twin.score(PROBE), expected)
+        twin.partial_fit((X[150:], Y[150:]))
+        np.testing.assert_array_equal(detector.score(PROBE), expected)

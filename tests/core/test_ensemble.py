@@ -110,3 +110,108 @@ def test_what_is_refused() -> None:
         unfitted.score(PROBE)
     with pytest.raises(DataError, match="twice"):
         unfitted.fit(iter([(X, Y)]))
+
+
+ZSCORE = {"kind": "sum", "normalize": "zscore"}
+
+
+def test_data_that_is_adapted() -> None:
+    batches = [{"x": X[a : a + 40], "y": Y[a : a + 40]} for a in range(0, 120, 40)]
+
+    def adapt(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return batch["x"], batch["y"]
+
+    def made(**options: object) -> Ensemble:
+        models = {"cosine": (ONE, "mahalanobis"), "norm": (TWO, "max_norm")}
+        return Ensemble(
+            {n: Detector(m, scorer=s, **options) for n, (m, s) in models.items()}, ZSCORE
+        )
+
+    expected = made().fit((X, Y))
+    given = made(adapt=adapt).fit(batches)
+    np.testing.assert_allclose(given.score(batches), expected.score(X), rtol=1e-9)
+    mixed = Ensemble(
+        {"a": Detector(ONE, scorer="msp", adapt=adapt), "b": Detector(TWO, scorer="msp")}, ZSCORE
+    )
+    with pytest.raises(ConfigurationError, match="adapt="):
+        mixed.fit(batches)
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(2, 2)
+
+    def forward(self, texts: list[str]) -> Tensor:
+        output: Tensor = self.fc(torch.tensor([[len(t), t.count("a")] for t in texts]).float())
+        return output
+
+
+def test_texts() -> None:
+    texts = ["ab" * (n % 7) + "c" * (n % 5) for n in range(90)]
+    ensemble = Ensemble({"a": Detector(Words(), scorer="energy")}, ZSCORE).fit(texts)
+    assert ensemble.score(texts).shape == (90,)
+
+
+@pytest.mark.parametrize("normalize", ["mean", "zscore", "ecdf"])
+def test_no_rows_to_measure(normalize: str) -> None:
+    combination = {"kind": "sum", "normalize": normalize}
+    with pytest.raises(DataError, match="no held-out rows"):
+        Ensemble(members(), combination).fit(X[:2])
+    with pytest.raises(DataError, match="no held-out rows"):
+        Ensemble(members(), combination).fit(X, X[:0])
+
+
+def test_held_out_rows_that_go_by_once() -> None:
+    with pytest.raises(DataError, match="held-out rows are read again"):
+        Ensemble({"a": Detector(ONE, scorer="energy")}, ZSCORE).fit(X, iter([X]))
+
+
+def test_a_failed_fit_changes_no_member() -> None:
+    ensemble = Ensemble(
+        {"a": Detector(ONE, scorer="mahalanobis"), "b": Detector(TWO, scorer="dml")}, ZSCORE
+    ).fit((X, Y))
+    before = ensemble.score(PROBE)
+    wrong = Y.clone()
+    wrong[100] = 7
+    for data in ((2 * X, wrong), X[:2]):
+        with pytest.raises(DataError):
+            ensemble.fit(data)
+        np.testing.assert_array_equal(ensemble.score(PROBE), before)
+
+
+def test_members_that_were_fitted_apart_keep_their_shapers_apart(tmp_path: Path) -> None:
+    apart = {
+        name: Detector(ONE, scorer="energy", shapers=["react"]).fit(rows)
+        for name, rows in {"narrow": X[:60], "wide": 3 * X[60:]}.items()
+    }
+    ensemble = Ensemble(apart)
+    loaded = oodcore.load(ensemble.save(tmp_path / "e"), model=dict.fromkeys(apart, ONE))
+    np.testing.assert_array_equal(loaded.score(PROBE), ensemble.score(PROBE))
+    np.testing.assert_allclose(
+        loaded.score(PROBE), sum(one.score(PROBE) for one in apart.values()), rtol=1e-12
+    )
+
+
+def test_partial_fit_of_what_goes_by_once() -> None:
+    def made() -> dict[str, Detector]:
+        return {
+            "a": Detector(ONE, scorer="mahalanobis"),
+            "b": Detector(ONE, scorer={"kind": "knn", "k": 3}, shapers=["react"]),
+        }
+
+    ensemble = Ensemble(made())
+    for part in (slice(0, 70), slice(70, None)):
+        ensemble.partial_fit(iter([(X[part], Y[part])]))
+    np.testing.assert_allclose(
+        ensemble.score(PROBE), Ensemble(made()).fit((X, Y)).score(PROBE), rtol=1e-9
+    )
+    two = Ensemble({"a": Detector(ONE, scorer="knn"), "b": Detector(TWO, scorer="knn")})
+    with pytest.raises(DataError, match="read twice"):
+        two.partial_fit(iter([(X, Y)]))
+
+
+def test_members_are_detectors() -> None:
+    inner = Ensemble(members())
+    with pytest.raises(ConfigurationError, match="'a' is a Ensemble"):
+        Ensemble({"a": inner})  # type: ignore[dict-item]

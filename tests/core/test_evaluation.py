@@ -191,3 +191,69 @@ def test_a_configuration() -> None:
     assert outcome.results.configuration["ood"]["other digits"]["classes"] == [7, 8]
     with pytest.raises(ConfigurationError, match="id_test"):
         study_of({"scorers": ["msp"], "train": digits, "ood": {"x": digits}})
+
+
+def test_installed_leaves_out_what_arrays_and_encoders_cannot_serve() -> None:
+    rows = oodcore.benchmark(train=TRAIN, id_test=TEST, ood=OOD)
+    encoder = FeatureModel.wrap(Net(0).layers[:2], head=None)
+    encoded = oodcore.benchmark(encoder, train=TRAIN, id_test=TEST, ood=OOD)
+    for results in (rows, encoded):
+        names = {entry.name for entry in results.entries}
+        assert {"mahalanobis", "max_norm"} <= names
+        assert {"energy", "max_cosine"}.isdisjoint(names)
+        assert "needs" in results.configuration["left_out"]["energy"]
+
+
+class Failing(oodcore.Scorer):
+    """Fails where a test says."""
+
+    kind = "failing"
+
+    def needs(self) -> frozenset[str]:
+        return frozenset({"layers.nowhere"})
+
+    def score(self, features: Features, state: Any) -> Tensor:
+        raise AssertionError("never reached")
+
+
+class FailingPlugin:
+    @oodcore.hookimpl
+    def register_scorers(self, register: Any) -> None:
+        register(Failing)
+
+
+def test_an_installed_scorer_that_fails_is_left_out_with_its_reason(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with oodcore.registry.using(FailingPlugin()):
+        results = oodcore.benchmark(Net(0), train=TRAIN, id_test=TEST, ood=OOD)
+        assert "no layer 'nowhere'" in results.configuration["left_out"]["failing"]
+        assert "failing" in caplog.text
+        assert "energy" in {entry.name for entry in results.entries}
+        with pytest.raises(ConfigurationError, match="no layer 'nowhere'"):
+            oodcore.benchmark(
+                Net(0), train=TRAIN, id_test=TEST, ood=OOD, scorers=["energy", "failing"]
+            )
+
+
+class Rows(oodcore.Source):
+    """A few rows."""
+
+    kind = "some_rows"
+
+    def open(self) -> Any:
+        return torch.utils.data.TensorDataset(*TRAIN)
+
+
+class RowsPlugin:
+    @oodcore.hookimpl
+    def register_sources(self, register: Any) -> None:
+        register(Rows)
+
+
+def test_every_plugin_that_took_part_is_recorded() -> None:
+    with oodcore.registry.using(RowsPlugin()) as plugin:
+        results = oodcore.benchmark(
+            Net(0), train="some_rows", id_test=TEST, ood=OOD, scorers=["energy"]
+        )
+    assert results.provenance["plugins"][plugin.distribution] == plugin.version

@@ -268,7 +268,21 @@ def test_an_approximate_index_that_finds_too_few_is_searched_whole(
     assert torch.allclose(values, brute(rows, queries, "l2", False)[:, :60], rtol=1e-9)
 
 
-@pytest.mark.parametrize("factory", ["Flatt", "IVF0,Flat", "IVF9999999999,Flat", ""])
+@pytest.mark.parametrize(
+    "factory",
+    [
+        "Flatt",
+        "",
+        "IVF0,Flat",
+        "IVF9999999999,Flat",
+        "HNSW0",
+        "HNSW1",
+        "IVF2_HNSW1,Flat",
+        "RR999999999,Flat",
+        "Pad999999999,Flat",
+        "HNSW" + "9" * 5000,
+    ],
+)
 def test_an_unknown_factory(factory: str) -> None:
     pytest.importorskip("faiss", reason="faiss is an extra")
     with pytest.raises(ConfigurationError, match="knows no index"):

@@ -250,6 +250,13 @@ BROKEN = {
     "import": ("import a_module_that_is_nowhere", 'ModuleNotFoundError("No module named'),
     "raises": ("1 / 0", "ZeroDivisionError"),
     "exits": ("raise SystemExit(3)", "SystemExit(3)"),
+    "escapes": ("class Odd(BaseException):\n    pass\nraise Odd('far')", "Odd('far')"),
+    "closes": ("raise GeneratorExit", "GeneratorExit()"),
+    "cannot_be_shown": (
+        "class Odd(Exception):\n    def __repr__(self):\n        raise ValueError\nraise Odd",
+        "Odd",
+    ),
+    "cannot_be_written": ("raise ValueError('\\ud800')", "ValueError('\\ud800')"),
     "syntax": ("def f(:", "SyntaxError"),
     "hook_raises": (
         HEADER.format(name="A", kind="a")

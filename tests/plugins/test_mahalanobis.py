@@ -96,3 +96,17 @@ def test_a_class_of_one_row_and_duplicate_rows():
 def test_rows_that_do_not_vary(train):
     with pytest.raises(DataError, match="do not vary within their classes"):
         fitted(train)
+
+
+def test_rows_too_large_for_a_covariance():
+    with pytest.raises(DataError, match="too large for float64"):
+        fitted(rows(0)[0] * 1e200)
+
+
+def test_rounding_is_no_variance():
+    centres = np.random.default_rng(0).uniform(size=(3, 4)) + 1e6
+    labels = np.arange(96) % 3
+    for size in (7, 256):
+        detector = Detector(scorer="mahalanobis", batch_size=size)
+        with pytest.raises(DataError, match="do not vary within their classes"):
+            detector.fit((centres[labels], labels))

@@ -64,6 +64,14 @@ def test_without_a_step_or_a_gradient_the_score_is_as_it_was():
     np.testing.assert_allclose(scores, 1 / 3)
 
 
+def test_in_a_callers_inference_mode():
+    scorer = {"kind": "perturbed", "scorer": "mahalanobis", "epsilon": 0.05}
+    detector = Detector(Linear(WEIGHT), scorer=scorer).fit(X)
+    expected = detector.score(X)
+    with torch.inference_mode():
+        np.testing.assert_array_equal(detector.score(X), expected)
+
+
 def test_what_is_refused():
     ecdf = {"kind": "sum", "scorers": ["msp"], "normalize": "ecdf"}
     for inner in ("odin", ecdf):
