@@ -6,6 +6,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar, TypeGuard
 
 import numpy as np
@@ -87,7 +88,8 @@ class Stream:
     Data is a ``Features``, a ``Source`` (or its kind or mapping), a loader, a data set, an array of
     inputs, a tuple ``(inputs, labels[, ids])`` or any iterable of batches. A batch is a tensor, a
     tuple ``(x, y[, id])`` or a mapping with ``input``, ``label``, ``id``; ``adapt`` turns anything
-    else into one of these. Rows without ids are numbered from ``start``.
+    else into one of these. Rows without ids are numbered from ``start``. A source's batch in which
+    every label is -1 has none.
 
     Raises:
         DataError: something that is none of these.
@@ -106,11 +108,20 @@ class Stream:
         self.start = start
         self._adapt = adapt
         self._workers = num_workers
-        self._data = _opened(data, adapt)
+        data = _source(data)
+        self._source = data if isinstance(data, Source) else None
+        self._held = None if isinstance(data, Source) else _held(data, adapt)
+
+    @cached_property
+    def _data(self) -> Any:
+        """What the rows are read from; a source is opened when it is asked for its rows."""
+        return self._held if self._source is None else self._source.open()
 
     @property
     def repeatable(self) -> bool:
         """Whether the same rows come in the same order again."""
+        if self._source is not None:
+            return True
         if isinstance(self._data, DataLoader):
             return isinstance(_sampler(self._data), SequentialSampler)
         return not isinstance(self._data, Iterator | IterableDataset)
@@ -118,7 +129,7 @@ class Stream:
     @property
     def whole(self) -> bool:
         """Whether all rows are here at once: arrays or Features."""
-        return isinstance(self._data, Features | Batch)
+        return isinstance(self._held, Features | Batch)
 
     @property
     def rows(self) -> int | None:
@@ -141,6 +152,9 @@ class Stream:
                 continue
             if batch.ids is None:
                 batch = replace(batch, ids=torch.arange(number, number + len(batch)))
+            labels = batch.labels if self._source is not None else None
+            if labels is not None and bool((labels == -1).all()):
+                batch = replace(batch, labels=None)
             number += len(batch)
             yield batch
 
@@ -178,13 +192,17 @@ _NOT_DATA = (
 )
 
 
-def _opened(data: Any, adapt: Adapt | None) -> Any:
+def _source(data: Any) -> Any:
+    """The source that a kind or a mapping with a kind stands for; anything else as it is."""
     if isinstance(data, str) or (isinstance(data, Mapping) and "kind" in data):
         from oodcore.plugins import registry
 
-        data = registry.build("source", data)
-    if isinstance(data, Source):
-        return data.open()
+        return registry.build("source", data)
+    return data
+
+
+def _held(data: Any, adapt: Adapt | None) -> Any:
+    """Arrays as one batch; anything else as it is."""
     texts = isinstance(data, list) and len(data) > 0 and _texts(data)
     if texts or _is_array(data) or isinstance(data, tuple | Mapping):
         return _batch(adapt(data) if adapt else data)

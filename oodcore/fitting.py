@@ -15,6 +15,7 @@ from oodcore.scorer import depth, needed, tree
 from oodcore.selection import HELD_OUT_SHARE
 from oodcore.spool import Spool
 from oodcore.stages import Measuring, Progress
+from oodcore.statistics import State
 from oodcore.store import FeatureStore, check_labels, class_count, labelling
 
 Reread = Callable[[bool], Iterator[Features]]
@@ -127,7 +128,8 @@ class Fitting:
         """
         if self._example is None:
             raise DataError("there is no row to fit on")
-        at_work = {name: self._progress(recipe) for name, recipe in self.recipes.items()}
+        known: dict[str, State] = {}
+        at_work = {name: self._progress(recipe, known) for name, recipe in self.recipes.items()}
         for progress in at_work.values():
             self._learn_without_rows(progress)
             if progress.scorer is None:
@@ -256,8 +258,9 @@ class Fitting:
                     f"{_told(before, name)}: what a detector is fitted on is all of one kind"
                 )
 
-    def _progress(self, recipe: Recipe) -> Progress:
-        progress = Progress(recipe, split=recipe.holds_out and not self.held_out)
+    def _progress(self, recipe: Recipe, known: dict[str, State] | None = None) -> Progress:
+        split = recipe.holds_out and not self.held_out
+        progress = Progress(recipe, split, {} if known is None else known)
         self._learn_without_rows(progress)
         return progress
 

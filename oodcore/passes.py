@@ -302,10 +302,10 @@ def _largest_label(data: Any, detector: Detector) -> int | None:
     Raises:
         ConfigurationError: numbers so large that they can hardly be those of classes.
     """
-    stream = Stream(data, adapt=detector.adapt)
-    if not stream.repeatable:
+    if detector.model is not None and detector.model.head is not None:
         return None
-    if detector.model is not None and (detector.model.head is not None or not stream.whole):
+    stream = Stream(data, adapt=detector.adapt)
+    if not stream.repeatable or (detector.model is not None and not stream.whole):
         return None
     largest, rows = -1, 0
     for batch in stream:

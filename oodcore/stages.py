@@ -21,10 +21,17 @@ from oodcore.store import FeatureStore
 
 @dataclass
 class Progress:
-    """How far a recipe has come."""
+    """How far a recipe has come.
+
+    Args:
+        recipe: what is fitted.
+        split: whether a tenth of the rows is set apart.
+        known: what shapers have learnt already, for other recipes that are fitted together.
+    """
 
     recipe: Recipe
     split: bool
+    known: dict[str, State]
     shapers: list[State] = field(default_factory=list)
     scorer: State | None = None
     measured: set[Path] = field(default_factory=set)
@@ -38,7 +45,11 @@ class Progress:
     def learn(self, store: FeatureStore) -> None:
         """Fit the next part."""
         if len(self.shapers) < len(self.recipe.shapers):
-            self.shapers.append(_fitted(self.recipe.shapers[len(self.shapers)], store))
+            shaper = self.recipe.shapers[len(self.shapers)]
+            key = canonical([self.place(), shaper.dump()])
+            if key not in self.known:
+                self.known[key] = _fitted(shaper, store)
+            self.shapers.append(self.known[key])
             return
         self.scorer = {}
         for path, part in tree(self.recipe.scorer):
