@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 from oodcore.batches import joined, length
+from oodcore.collapse import measured
 from oodcore.data import Batch
 from oodcore.errors import ConfigurationError, DataError
 from oodcore.features import Features, required
@@ -103,10 +104,19 @@ class Engine:
             for part in self.regularizers
         }
         for part in self.regularizers:
+            self._put("augment", part.kind)
+            self._inputs = part.augment(self._inputs, self._steps[part.kind])
+        for step in self._steps.values():
+            step.inputs = self._inputs
+        for part in self.regularizers:
             self._put("before", part.kind)
             rows = part.before(self._steps[part.kind], self.states[part.kind])
-            if rows is not None and part.weight_at(self.epoch):
-                # A graph into the regularizer's own modules would be gone in a second pass.
+            if rows is None or not part.weight_at(self.epoch):
+                continue
+            # A graph into the regularizer's own modules would be gone in a second pass.
+            if part.replaces_batch:
+                self._inputs = _detached(rows)
+            else:
                 self._extra[part.kind] = _detached(rows)
 
     def total(self) -> Tensor:
@@ -194,13 +204,23 @@ class Engine:
         self.index += 1
         return self.index % self.run.steps_per_epoch == 0
 
-    def close(self, validation: Iterable[Batch] | None) -> None:
-        """After an epoch: its means over all processes become a row of the history."""
+    def close(
+        self, validation: Iterable[Batch] | None, training: Iterable[Batch] | None = None
+    ) -> None:
+        """After an epoch: its means over all processes become a row of the history.
+
+        Args:
+            validation: this process's share of the rows to measure accuracy and loss on.
+            training: all rows to measure neural collapse on.
+        """
         epoch = self.index // self.run.steps_per_epoch - 1
         row: dict[str, float] = {"epoch": epoch, "learning_rate": self.schedule(epoch)}
         row.update(self._means())
         if validation is not None:
             row.update(self._validated(validation))
+        if training is not None:
+            found = measured(self.run.model, training, self.run.classes)
+            row.update({f"collapse/{name}": value for name, value in found.items()})
         self.history.append(row)
 
     def finish(self) -> None:

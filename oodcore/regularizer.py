@@ -20,6 +20,7 @@ from oodcore.data import Batch
 from oodcore.discovery import head_of
 from oodcore.errors import OodcoreError
 from oodcore.features import Features
+from oodcore.preprocess import Preprocess
 
 Closure = Callable[[], Tensor]
 """One pass of a step: forward, gradients to zero, backward; gives the total loss."""
@@ -138,6 +139,7 @@ class Run:
         seed: of everything that is drawn.
         rank: of this process among ``world`` that train together.
         device: where the model is.
+        preprocess: what the rows went through before they became inputs, or None.
     """
 
     model: TrainModel
@@ -151,6 +153,7 @@ class Run:
     rank: int = 0
     world: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    preprocess: Preprocess | None = None
     passes: Callable[[], Iterator[Batch]] = field(default=lambda: iter(()), repr=False)
 
     def gather(self, rows: Tensor) -> Tensor:
@@ -273,6 +276,11 @@ class Regularizer(Component):
     """Its ``criterion`` ignores ``inner``: at most one such in a run, and it is innermost."""
     per_rank: ClassVar[bool] = False
     """Its state differs between processes (a replay buffer), so that all are saved."""
+    replaces_head: ClassVar[bool] = False
+    """Its ``prepare_model`` puts another head in place: at most one such in a run."""
+    replaces_batch: ClassVar[bool] = False
+    """The rows that its ``before`` returns pass through the network in place of the batch, as many:
+    at most one such in a run."""
     needs_outliers: ClassVar[bool] = False
     """It reads ``step.outliers``: a run without ``outliers`` is refused."""
 
@@ -297,6 +305,14 @@ class Regularizer(Component):
         """Another learning rate: epochs done, as a fraction, to rate; a pure function."""
         return schedule
 
+    def augment(self, inputs: Any, step: Step) -> Any:
+        """Once a step, first of all: other views of the same rows, as many and of the same shape.
+
+        They become ``step.inputs`` for everything that follows; ``inputs`` are those of the data,
+        or what a regularizer whose kind comes earlier made of them.
+        """
+        return inputs
+
     def before(self, step: Step, state: Any) -> Tensor | None:
         """Once a step, ahead of the forward: draw, sample, step own modules.
 
@@ -308,7 +324,10 @@ class Regularizer(Component):
     def criterion(
         self, rows: Features, labels: Tensor, inner: Inner, step: Step, state: Any
     ) -> Tensor:
-        """The classification loss of each row, ``[N]``."""
+        """The classification loss of each row, ``[N]``.
+
+        The rows of the batch have ids; those of another regularizer have none.
+        """
         return inner(rows, labels)
 
     def loss(self, step: Step, state: Any) -> Tensor | None:

@@ -94,7 +94,8 @@ def train(
 
         def after_step(ends_epoch: bool) -> bool:
             if ends_epoch:
-                engine.close(validation())
+                rows = engine.run.batches() if config.collapse else None
+                engine.close(validation(), rows)
                 if rank == 0:
                     folder.write_metrics(engine.history)
             every = config.checkpoint_every
@@ -219,6 +220,7 @@ def _assembled(
         rank=rank,
         world=world,
         device=device,
+        preprocess=config.preprocess,
         passes=lambda: _on(device, batches.epoch(config.epochs)),
     )
     rate = config.schedule.rate(config.optimizer.lr, config.epochs)
@@ -241,7 +243,7 @@ def _model(
     """The network with its head found, the size of its embeddings, and the shape of an input."""
     network = config.network.build(place(config.seed, "network"))
     if config.network.weights is not None:
-        _start_from(network, config.network.weights)
+        network = _started(network, config)
     example = rows.read([0]).inputs
     wrapped = FeatureModel.wrap(network)
     name = wrapped.head_name(example)
@@ -258,16 +260,30 @@ def _model(
     return TrainModel(network, name), features.embeddings.shape[1], shape
 
 
-def _start_from(network: nn.Module, weights: Path) -> None:
-    """Give a network the weights in a file, or those that a run left in its folder."""
+def _started(network: nn.Module, config: TrainingConfig) -> nn.Module:
+    """The network with the weights in a file, or with those that a run left in its folder.
+
+    A run that replaced the head gives its own network, head and all.
+    """
+    weights = config.network.weights
+    assert weights is not None
     if not weights.is_dir():
         load_weights(network, weights)
-        return
-    trained, _ = RunFolder(weights).load()
+        return network
+    trained, blueprint = RunFolder(weights).load()
+    heads = [part for part in blueprint.regularizers if part.weight and part.replaces_head]
+    if strange := [part.kind for part in heads if part not in config.regularizers]:
+        raise ConfigurationError(
+            f"the run in {weights} was trained with the head of '{strange[0]}'; a run that starts "
+            "from it needs the same regularizer, with the same fields"
+        )
+    if heads and blueprint.network.arguments == config.network.arguments:
+        return trained.network
     try:
         network.load_state_dict(trained.network.state_dict())
     except RuntimeError as error:
         raise ConfigurationError(f"the network of {weights} is another: {error}") from None
+    return network
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:

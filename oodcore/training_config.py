@@ -179,14 +179,17 @@ class Blueprint(Settings):
                 {"kinds": ", ".join(twice)},
             )
         acting = [part for part in self.regularizers if part.weight]
-        replacing = [part.kind for part in acting if part.replaces_loss]
-        if len(replacing) > 1:
-            raise PydanticCustomError(
-                "replaces_loss",
-                "regularizers: {kinds} each replace the classification loss; a run has at most one "
-                "that does",
-                {"kinds": " and ".join(sorted(replacing))},
-            )
+        for what, kinds in {
+            "the classification loss": [part.kind for part in acting if part.replaces_loss],
+            "the head": [part.kind for part in acting if part.replaces_head],
+            "the rows of the batch": [part.kind for part in acting if part.replaces_batch],
+        }.items():
+            if len(kinds) > 1:
+                raise PydanticCustomError(
+                    "replaced_twice",
+                    "regularizers: {kinds} each replace {what}; a run has at most one that does",
+                    {"kinds": " and ".join(sorted(kinds)), "what": what},
+                )
         return self
 
 
@@ -203,6 +206,8 @@ class TrainingConfig(Blueprint):
         outlier_batch_size: outliers of a step; as many as ``batch_size`` where it is left out.
         optimizer: SGD of rate 0.1 with Nesterov momentum 0.9 where it is left out.
         schedule: of the learning rate.
+        collapse: measure neural collapse (``wfc`` and ``cfc``) on the training rows after each
+            epoch, in one further pass.
         gradient_clip: the norm that the gradient of all parameters is clipped to.
         seed: of the weights, the order of the rows, and all that is drawn.
         device: "auto" is a GPU where there is one.
@@ -219,6 +224,7 @@ class TrainingConfig(Blueprint):
     outlier_batch_size: PositiveInt | None = None
     optimizer: OptimizerConfig = OptimizerConfig(kind="sgd", lr=0.1, momentum=0.9, nesterov=True)
     schedule: ScheduleConfig = ScheduleConfig()
+    collapse: bool = False
     gradient_clip: PositiveFloat | None = None
     seed: NonNegativeInt = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
