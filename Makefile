@@ -44,7 +44,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(INSTALL) --editable '.[cpu,train,test]'
+	$(INSTALL) --editable '.[cpu,text,train,tune,test]'
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.demo

@@ -9,8 +9,8 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from oodcore.curves import Floats, finite_scores
 from oodcore.errors import ConfigurationError
-from oodcore.metrics import Floats, finite_scores
 
 _SLACK = 1e-9
 """Keeps a rate such as 1 - 0.9, a little under a tenth in binary, from losing its last rank."""
@@ -115,15 +115,22 @@ class Calibration:
         return 1 + np.searchsorted(self.scores, given, side="right")
 
     def _rank(self, rate: float) -> int:
-        share = _share(rate, "false-alarm rate")
-        rank = _lowest(share, len(self))
-        if rank < 1:
-            raise ConfigurationError(
-                f"a false-alarm rate of {share:g} needs at least {_rows_needed(share)} calibration "
-                f"scores and there are {len(self)}: calibrate on more rows, or ask for at least "
-                f"{_readable_rate(len(self))}"
-            )
-        return rank
+        check_rows(len(self), rate)
+        return _lowest(float(rate), len(self))
+
+
+def check_rows(rows: int, rate: float) -> None:
+    """Raise a ConfigurationError where so many calibration rows are too few for a rate.
+
+    Before anything is fitted this tells what ``Calibration.threshold`` would say afterwards.
+    """
+    share = _share(rate, "false-alarm rate")
+    if _lowest(share, rows) < 1:
+        raise ConfigurationError(
+            f"a false-alarm rate of {share:g} needs at least {_rows_needed(share)} calibration "
+            f"scores and there are {rows}: calibrate on more rows, or ask for at least "
+            f"{_readable_rate(rows)}"
+        )
 
 
 def _share(value: float, name: str) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ Change = Callable[[Tensor], Tensor]
 _LISTED = 16
 _RUNNING = threading.local()
 _EAGER = threading.RLock()
+_LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_LOCKS_GUARD = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,22 @@ class Call:
             and rows.shape[0] == self.rows
             and rows.shape[1:].numel() == rows.shape[-1]
         )
+
+
+def lock_of(module: nn.Module) -> threading.RLock:
+    """The one lock of a module, whatever wraps it; a call may hold it and call again."""
+    with _LOCKS_GUARD:
+        return _LOCKS.setdefault(module, threading.RLock())
+
+
+@contextmanager
+def locked(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Nobody else's batch runs through these modules, nor reads them, for a with-block."""
+    with ExitStack() as stack:
+        # One order for all callers: two that want the same modules cannot wait for each other.
+        for module in sorted(dict.fromkeys(modules), key=id):
+            stack.enter_context(lock_of(module))
+        yield
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

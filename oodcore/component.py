@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import chain
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
@@ -19,6 +20,8 @@ from pydantic import (
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     SerializerFunctionWrapHandler,
+    TypeAdapter,
+    ValidationError,
     model_serializer,
     model_validator,
 )
@@ -27,6 +30,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from oodcore.errors import ConfigurationError
 from oodcore.plugins import SLOTS, one, registry
+from oodcore.space import Choice, Range, Space
 
 KIND = re.compile(r"[a-z][a-z0-9_]*")
 
@@ -93,6 +97,8 @@ class Component(Settings):
     """The name in configurations, unique within its slot."""
     paper: ClassVar[Paper | None] = None
     """The method's source; None for what has no paper of its own."""
+    search: ClassVar[Mapping[str, Space]] = {}
+    """The values worth trying, by field, for ``oodcore tune``."""
 
     @model_validator(mode="before")
     @classmethod
@@ -292,7 +298,7 @@ def faults(cls: Any, base: type[Component]) -> str | None:
                 f"{cls.__name__}.{name}: a field cannot be named like an attribute of "
                 f"{base.__name__}"
             )
-    return next(_unfit(cls), None)
+    return next(chain(_unfit(cls), _unsearchable(cls)), None)
 
 
 def _unfit(cls: type[Settings], seen: frozenset[type] = frozenset()) -> Iterator[str]:
@@ -308,6 +314,32 @@ def _unfit(cls: type[Settings], seen: frozenset[type] = frozenset()) -> Iterator
             yield f"{where}: a field is written and read under its own name: no alias, no exclude"
         for fault in _misfits(field.annotation, field.metadata, seen | {cls}):
             yield f"{where}: {fault}"
+
+
+def _unsearchable(cls: type[Component]) -> Iterator[str]:
+    """What keeps a search space from giving values of the fields that it names."""
+    if not isinstance(cls.search, Mapping):
+        yield f"{cls.__name__}.search must map fields to a Choice or a Range"
+        return
+    for name, space in cls.search.items():
+        where = f"{cls.__name__}.search['{name}']"
+        if name not in cls.model_fields:
+            yield f"{where}: there is no such field"
+            continue
+        if not isinstance(space, Choice | Range):
+            yield f"{where} must be a Choice or a Range, not {space!r}"
+            continue
+        field = cls.model_fields[name]
+        marked: Any = Annotated[field.annotation, field]
+        rules = TypeAdapter[Any](marked, config=ConfigDict(strict=True, allow_inf_nan=False))
+        for value in space.examples:
+            if value is not None and not isinstance(value, bool | int | float | str):
+                yield f"{where}: {value!r} is no number, text, true, false or None"
+                continue
+            try:
+                rules.validate_python(_plain(value))
+            except ValidationError as error:
+                yield f"{where}: {value!r} does not fit the field: {error.errors()[0]['msg']}"
 
 
 def _misfits(annotation: Any, marks: Iterable[Any], seen: frozenset[type]) -> Iterator[str]:

@@ -23,13 +23,15 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from oodcore.component import Component, Settings, Slot, canonical, suggestion
+from oodcore.component import Component, FilePath, Settings, Slot, canonical, suggestion
 from oodcore.data import Source
 from oodcore.document import Document, Route, read
 from oodcore.errors import ConfigurationError
 from oodcore.extractor import Extractor
 from oodcore.messages import explain
+from oodcore.open_set import CHOOSES, OpenSet
 from oodcore.plugins import registry
+from oodcore.protocols import Chosen, Separation
 from oodcore.scorer import Scorer, Shaper, check_recipe
 
 __all__ = [
@@ -52,6 +54,21 @@ Rows = Annotated[Source, Slot("source")]
 Shapers = tuple[Annotated[Shaper, Slot("shaper")], ...]
 
 
+class Tune(Settings):
+    """The rows on which ``oodcore tune`` chooses values of fields: never those of a benchmark.
+
+    Args:
+        id: in-distribution rows; left out, ``held_out``, or a tenth of ``train`` that nothing is
+            fitted on then.
+        ood: rows that are not in-distribution, by name; left out, Gaussian ``noise``.
+        metric: what is best, as a mean over ``ood``.
+    """
+
+    id: Rows | None = None
+    ood: Annotated[Mapping[Name, Rows], Field(min_length=1)] | None = None
+    metric: Literal["auroc", "fpr95_id", "fpr95_ood", "aupr_id", "aupr_ood"] = "auroc"
+
+
 class Configuration(Settings):
     """What a detector's and a benchmark's configuration have in common.
 
@@ -71,6 +88,8 @@ class Configuration(Settings):
         num_workers: processes that read data; 0 reads in this one.
         device: "auto", or as torch names it: "cpu", "cuda", "cuda:1", "mps".
         seed: of everything random.
+        cache: a folder that keeps what the model says of a batch, so that it is not asked twice.
+        tune: the rows on which values are chosen.
     """
 
     extractor: Annotated[Extractor, Slot("extractor")] | None = None
@@ -86,6 +105,8 @@ class Configuration(Settings):
     num_workers: NonNegativeInt = 0
     device: Annotated[str, StringConstraints(pattern="^[a-z]+(:[0-9]+)?$")] = "auto"
     seed: NonNegativeInt = 0
+    cache: FilePath | None = None
+    tune: Tune | None = None
 
     @model_validator(mode="after")
     def _check_rules(self) -> Configuration:
@@ -104,11 +125,26 @@ class Configuration(Settings):
     def _faults(self) -> list[Fault]:
         """What is wrong between fields, each with its place."""
         known = list(self.ood or ())
-        return [
+        return self._leaks() + [
             (("groups", group, index), f"there is no '{name}' in ood{suggestion(name, known)}")
             for group, names in (self.groups or {}).items()
             for index, name in enumerate(names)
             if name not in known
+        ]
+
+    def _leaks(self) -> list[Fault]:
+        """Rows to choose values on that have another part to play."""
+        if self.tune is None:
+            return []
+        chosen: dict[Route, Source | None] = {("tune", "id"): self.tune.id}
+        chosen |= {("tune", "ood", name): rows for name, rows in (self.tune.ood or {}).items()}
+        others = {"train": self.train, "calibrate": self.calibrate, "id_test": self.id_test}
+        others |= {f"ood.{name}": rows for name, rows in (self.ood or {}).items()}
+        return [
+            (route, f"is {name} as well: choose values on rows that have no other part to play")
+            for route, rows in chosen.items()
+            for name, other in others.items()
+            if rows is not None and rows == other
         ]
 
 
@@ -160,7 +196,8 @@ class BenchmarkConfig(Configuration):
             ``installed``, every scorer that needs no field.
         models: extractors by name, in place of ``extractor``: everything is done for each.
         id_test: in-distribution rows to evaluate on.
-        ood: rows that are not in-distribution, by name; at least one set.
+        ood: rows that are not in-distribution, by name; nearly every protocol needs some.
+        protocol: what is measured, a kind or a mapping with a kind.
     """
 
     scorer: Annotated[Scorer, Slot("scorer")] | None = None
@@ -170,7 +207,8 @@ class BenchmarkConfig(Configuration):
         | None
     ) = None
     id_test: Rows
-    ood: Annotated[Mapping[Name, Rows], Field(min_length=1)]
+    ood: Annotated[Mapping[Name, Rows], Field(min_length=1)] | None = None
+    protocol: Chosen = Separation()
 
     def _faults(self) -> list[Fault]:
         wrong = super()._faults()
@@ -191,6 +229,12 @@ class BenchmarkConfig(Configuration):
                 wrong.append((route, text))
         if self.scorer is not None:
             wrong += _recipe_faults(self.scorer, self.shapers, ("scorer",))
+        groups = {name: group for group, names in (self.groups or {}).items() for name in names}
+        wrong += self.protocol.faults({name: groups.get(name, "") for name in self.ood or ()})
+        if isinstance(self.protocol, OpenSet):
+            for title in ("train", "held_out", "calibrate", "id_test"):
+                if getattr(getattr(self, title), "classes", None) is not None:
+                    wrong.append(((title, "classes"), CHOOSES))
         return wrong
 
     def candidates(self) -> tuple[Candidate, ...]:

@@ -39,6 +39,7 @@ __all__ = [
     "fetch",
     "hashed",
     "held_out",
+    "rows_of",
     "select",
     "to_device",
 ]
@@ -166,7 +167,7 @@ class Stream:
             return
         if isinstance(data, Batch):
             for first in range(0, len(data), self.batch_size):
-                yield _rows(data, slice(first, first + self.batch_size))
+                yield rows_of(data, slice(first, first + self.batch_size))
             return
         if _is_dataset(data):
             # A loader without a generator of its own draws from the global one.
@@ -317,7 +318,9 @@ def _length(inputs: Any) -> int:
     return len(inputs)
 
 
-def _rows(batch: Batch, rows: slice | Tensor) -> Batch:
+def rows_of(batch: Batch, rows: slice | Tensor) -> Batch:
+    """Some rows of a batch: a slice of them, or those whose numbers a tensor holds."""
+
     def cut(value: Any) -> Any:
         if value is None:
             return None
@@ -357,4 +360,4 @@ class Apart:
             if isinstance(batch, Features):
                 yield batch[rows.to(batch.device)]
             else:
-                yield _rows(batch, rows)
+                yield rows_of(batch, rows)

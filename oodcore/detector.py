@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from oodcore.cache import Cache
 from oodcore.component import Component
 from oodcore.data import Adapt
 from oodcore.decision import Array, Decision
@@ -42,6 +43,8 @@ class Detector(Decision):
         seed: of whatever is drawn (which tenth is held out, where that is needed).
         adapt: turns a batch of another form into a tensor, ``(x, y[, id])``, or a mapping with
             ``input``, ``label``, ``id``.
+        cache: a folder (or a ``Cache``) that keeps what the model says of a batch, so that it is
+            not asked twice; it is no part of what ``save`` writes. Left out, nothing is kept.
 
     Scores, p-values and predictions are NumPy arrays with one number a row, in the order of the
     data. A higher score is more in-distribution.
@@ -61,6 +64,7 @@ class Detector(Decision):
         num_workers: int = 0,
         seed: int = 0,
         adapt: Adapt | None = None,
+        cache: str | Path | Cache | None = None,
     ) -> None:
         if isinstance(shapers, str | Mapping | Component):
             raise ConfigurationError("shapers is a list: write shapers=[...]")
@@ -82,6 +86,7 @@ class Detector(Decision):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.adapt = adapt
+        self.cache = cache if cache is None or isinstance(cache, Cache) else Cache(cache)
         self.learnt: Learnt | None = None
         self.shape: Mapping[str, Any] = {}
         self.fitting: Fitting | None = None
@@ -107,6 +112,7 @@ class Detector(Decision):
             batch_size=checked.batch_size,
             num_workers=checked.num_workers,
             seed=checked.seed,
+            cache=checked.cache,
         )
 
     @property
@@ -217,8 +223,8 @@ class Detector(Decision):
             )
         if fitting.again():
             raise ConfigurationError(
-                "partial_fit cannot go on with a scorer with parts measured through the model: "
-                "such a detector is fitted in one call of fit"
+                "partial_fit cannot go on with a detector that passes through the model again once "
+                "some of it is fitted: such a detector is fitted in one call of fit"
             )
         if fitting.held_out != held_out and self.recipe.holds_out:
             raise DataError("give held_out= in every call of partial_fit, or in none")

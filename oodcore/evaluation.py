@@ -11,20 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
-from oodcore.calibration import Calibration
-from oodcore.component import Component
+from oodcore.cache import Cache
+from oodcore.calibration import Calibration, check_rows
 from oodcore.config import BenchmarkConfig, Candidate, candidates, read, validate
-from oodcore.data import Adapt, Batch, Source, Stream
+from oodcore.data import Adapt, Batch, Stream
 from oodcore.detector import Detector
 from oodcore.errors import ConfigurationError
-from oodcore.extractor import FeatureModel
 from oodcore.features import Features
 from oodcore.packing import versions
-from oodcore.passes import Classes, fit, score, score_labelled
-from oodcore.plugins import registry
-from oodcore.results import Entry, Results
+from oodcore.passes import Classes, Seen, fit, score, score_labelled
+from oodcore.protocol import Protocol
+from oodcore.protocols import Separation, protocol_of
+from oodcore.provenance import cited, configuration, described, taking_part
+from oodcore.results import Entry, Results, Scored
+from oodcore.splits import check_outputs, divided
 from oodcore.store import missing_fields
 
 log = logging.getLogger("oodcore")
@@ -44,10 +46,11 @@ class Study:
         calibrate: in-distribution rows for thresholds.
         groups: names of OOD sets that are averaged, by the group's name.
         false_alarm_rate: the share of in-distribution inputs that may be flagged.
+        protocol: what is measured.
         classes: K, where neither logits nor whole arrays tell.
         installed: whether the candidates are all there are, so that those that these models and
             data cannot serve are left out.
-        options: of every detector: device, batch_size, num_workers, seed, adapt.
+        options: of every detector: device, batch_size, num_workers, seed, adapt, cache.
     """
 
     models: Mapping[str, Any]
@@ -59,6 +62,7 @@ class Study:
     calibrate: Any = None
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     false_alarm_rate: float = 0.05
+    protocol: Protocol = field(default_factory=Separation)
     classes: Classes = None
     installed: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -77,27 +81,30 @@ def benchmark(
     *,
     train: Any,
     id_test: Any,
-    ood: Mapping[str, Any],
+    ood: Mapping[str, Any] | None = None,
     scorers: Any = "installed",
     shapers: Sequence[Any] = (),
     held_out: Any = None,
     calibrate: Any = None,
     groups: Mapping[str, Sequence[str]] | None = None,
     false_alarm_rate: float = 0.05,
+    protocol: Any = "separation",
     classes: Classes = None,
     device: str = "auto",
     batch_size: int = 256,
     num_workers: int = 0,
     seed: int = 0,
     adapt: Adapt | None = None,
+    cache: str | Path | Cache | None = None,
 ) -> Results:
     """Fit many detectors, and measure each on every data set; a model sees each row once.
 
     Args:
         model: as in ``Detector``, or a mapping from names to models: everything is done for each.
+            With open-set splits, the names are the splits'.
         train: in-distribution rows to fit on; data as in ``Detector.fit``.
         id_test: in-distribution rows to evaluate on.
-        ood: rows that are not in-distribution, by name.
+        ood: rows that are not in-distribution, by name; nearly every protocol needs some.
         scorers: ``installed`` (every scorer that needs no field and gets what it reads), or a list;
             an item is a scorer as in ``Detector``, or a mapping ``{name, shapers, scorer}``.
         shapers: for every item that names none of its own.
@@ -105,8 +112,11 @@ def benchmark(
         calibrate: in-distribution rows for thresholds; with them the false-alarm rate is measured.
         groups: names of OOD sets that are averaged, by the group's name.
         false_alarm_rate: the share of in-distribution inputs that may be flagged.
+        protocol: what is measured, a kind or a mapping with a ``kind``: separation, openood,
+            outlier_exposure, open_set, selective or ssb_osr.
         classes: as in ``Detector.fit``.
-        device: as in ``Detector``; so are ``batch_size``, ``num_workers``, ``seed`` and ``adapt``.
+        device: as in ``Detector``; so are ``batch_size``, ``num_workers``, ``seed``, ``adapt`` and
+            ``cache``.
 
     Returns:
         Results: one row for each detector, data set and metric, with figures and provenance.
@@ -121,11 +131,12 @@ def benchmark(
         candidates=candidates(scorers, shapers),
         train=train,
         id_test=id_test,
-        ood=ood,
+        ood=ood or {},
         held_out=held_out,
         calibrate=calibrate,
         groups=groups or {},
         false_alarm_rate=false_alarm_rate,
+        protocol=protocol_of(protocol),
         classes=classes,
         installed=scorers == "installed",
         options={
@@ -134,6 +145,7 @@ def benchmark(
             "num_workers": num_workers,
             "seed": seed,
             "adapt": adapt,
+            "cache": cache,
         },
     )
     return compare(study).results
@@ -152,17 +164,19 @@ def study_of(config: Any) -> Study:
         candidates=checked.candidates(),
         train=checked.train,
         id_test=checked.id_test,
-        ood=checked.ood,
+        ood=checked.ood or {},
         held_out=checked.held_out,
         calibrate=checked.calibrate,
         groups=checked.groups or {},
         false_alarm_rate=checked.false_alarm_rate,
+        protocol=checked.protocol,
         installed=checked.scorers == "installed",
         options={
             "device": checked.device,
             "batch_size": checked.batch_size,
             "num_workers": checked.num_workers,
             "seed": checked.seed,
+            "cache": checked.cache,
         },
     )
 
@@ -170,10 +184,79 @@ def study_of(config: Any) -> Study:
 def compare(study: Study) -> Outcome:
     """Fit, calibrate and measure everything in a study.
 
+    Where the protocol divides the classes, that is done for each split; the outcome's detectors are
+    then called ``SPLIT/NAME``, and one that is left out of a split is left out of all.
+
     Raises:
         ConfigurationError: no detector is left, or names that do not go together.
-        DataError: as ``Detector.fit`` and ``Detector.score``.
+        DataError: as ``Detector.fit`` and ``Detector.score``; too few rows for the protocol.
     """
+    _refuse_early(study)
+    seen = {}
+    for name, part in divided(study).items():
+        seen[name] = _observed(part)
+        check_outputs(name, part, seen[name].detectors.values())
+    several = len(seen) > 1
+    left_out = {
+        f"{split}: {name}" if several else name: reason
+        for split, one in seen.items()
+        for name, reason in one.left_out.items()
+    }
+    first = next(iter(seen.values()))
+    common = [name for name in first.detectors if all(name in o.detectors for o in seen.values())]
+    if not common:
+        raise ConfigurationError(f"no detector takes part in every split; left out: {left_out}")
+    spent = {name: sum(one.spent[name] for one in seen.values()) for name in common}
+    entries = [
+        Entry(name, first.models[name], described(d), cited(d), round(spent[name], 6))
+        for name, d in ((name, first.detectors[name]) for name in common)
+    ]
+    detectors = {
+        f"{split}/{name}" if several else name: one.detectors[name]
+        for split, one in seen.items()
+        for name in common
+    }
+    seconds = {
+        what: round(sum(one.seconds[what] for one in seen.values()), 3) for what in first.seconds
+    }
+    plugins = versions(taking_part(study, detectors.values()))
+    results = Results.from_splits(
+        entries,
+        {split: one.scored(common) for split, one in seen.items()},
+        groups=_group_of(study),
+        false_alarm_rate=None if study.calibrate is None else study.false_alarm_rate,
+        protocol=study.protocol,
+        configuration=configuration(study, left_out),
+        provenance={"plugins": plugins, "seconds": seconds},
+    )
+    return Outcome(results, detectors)
+
+
+@dataclass(frozen=True, eq=False)
+class _Observed:
+    """Detectors after a study, and all that they said; ``spent`` are their scorers' seconds."""
+
+    detectors: Mapping[str, Detector]
+    models: Mapping[str, str]
+    left_out: Mapping[str, str]
+    scores: Mapping[str, Mapping[str, np.ndarray[Any, Any]]]
+    seen: Seen
+    spent: Mapping[str, float]
+    seconds: Mapping[str, float]
+
+    def scored(self, names: Sequence[str]) -> Scored:
+        """What some of the detectors said."""
+        calibrations = {name: self.detectors[name].calibration for name in names}
+        return Scored(
+            {name: self.scores[name] for name in names},
+            {self.models[n]: share for n, share in self.seen.accuracy.items() if n in names},
+            {self.models[n]: right for n, right in self.seen.correct.items() if n in names},
+            {name: one for name, one in calibrations.items() if one is not None},
+        )
+
+
+def _observed(study: Study) -> _Observed:
+    """Fit, calibrate and score everything in a study whose classes are not divided further."""
     detectors, models, left_out = _detectors(study)
     began = time.perf_counter()
     try:
@@ -188,40 +271,49 @@ def compare(study: Study) -> Outcome:
         detectors = {name: one for name, one in detectors.items() if name not in failed}
         fit(detectors, study.train, study.held_out, classes=study.classes)
     fitted = time.perf_counter()
-    calibrations = {}
     if study.calibrate is not None:
         for name, normal in score(detectors, study.calibrate).items():
-            calibrations[name] = Calibration(normal)
-            calibrations[name].threshold(study.false_alarm_rate)
-            detectors[name].calibration = calibrations[name]
+            calibration = Calibration(normal)
+            calibration.threshold(study.false_alarm_rate)
+            detectors[name].calibration = calibration
             detectors[name].false_alarm_rate = study.false_alarm_rate
-    seen = score_labelled(detectors, study.id_test)
-    scores: dict[str, dict[str, np.ndarray[Any, Any]]] = {
-        name: {"id_test": seen.scores[name]} for name in detectors
-    }
+    spent: dict[str, float] = {}
+    seen = score_labelled(detectors, study.id_test, spent)
+    scores = {name: {"id_test": seen.scores[name]} for name in detectors}
     for title, rows in study.ood.items():
-        for name, values in score(detectors, rows).items():
+        for name, values in score(detectors, rows, spent).items():
             scores[name][title] = values
-    entries = [
-        Entry(name, models[name], _described(detector), _cited(detector))
-        for name, detector in detectors.items()
-    ]
-    seconds = {
-        "fitting": round(fitted - began, 3),
-        "scoring": round(time.perf_counter() - fitted, 3),
-    }
-    results = Results.from_scores(
-        entries,
-        scores,
-        id_name="id_test",
-        groups={name: group for group, names in study.groups.items() for name in names},
-        accuracy={models[name]: share for name, share in seen.accuracy.items()},
-        calibrations=calibrations,
-        false_alarm_rate=study.false_alarm_rate if calibrations else None,
-        configuration=_configuration(study, left_out),
-        provenance={"plugins": versions(_taking_part(study, detectors)), "seconds": seconds},
-    )
-    return Outcome(results, detectors)
+    seconds = {"fitting": fitted - began, "scoring": time.perf_counter() - fitted}
+    return _Observed(detectors, models, left_out, scores, seen, spent, seconds)
+
+
+def _group_of(study: Study) -> dict[str, str]:
+    """The group of each OOD set that has one."""
+    return {name: group for group, names in study.groups.items() for name in names}
+
+
+def _refuse_early(study: Study) -> None:
+    """Refuse what would fail after everything was fitted, as far as it can be told before.
+
+    Raises:
+        ConfigurationError: OOD sets that the protocol does not take, too few calibration rows.
+        DataError: too few rows for the protocol.
+    """
+    groups = _group_of(study)
+    if faults := study.protocol.faults({name: groups.get(name, "") for name in study.ood}):
+        raise ConfigurationError("; ".join(f"{'.'.join(map(str, r))}: {t}" for r, t in faults))
+    for part in divided(study).values():
+        if part.calibrate is not None and (rows := _rows(part, part.calibrate)) is not None:
+            check_rows(rows, part.false_alarm_rate)
+    if study.protocol.counts_rows and (inside := _rows(study, study.id_test)) is not None:
+        sizes = {name: _rows(study, rows) for name, rows in study.ood.items()}
+        known = {name: rows for name, rows in sizes.items() if rows is not None}
+        study.protocol.check_rows(inside, known)
+
+
+def _rows(study: Study, data: Any) -> int | None:
+    """How many rows there are, where that is known before they are read."""
+    return Stream(data, adapt=study.options.get("adapt")).rows
 
 
 def _detectors(study: Study) -> tuple[dict[str, Detector], dict[str, str], dict[str, str]]:
@@ -258,8 +350,8 @@ def _unusable(detector: Detector, train: Any) -> str | None:
         missing = missing_fields(needs, sample) if sample is not None else ()
     elif isinstance(train, Features):
         missing = missing_fields(needs - {"inputs"}, train)
-    elif detector.extractor is None and detector.model is not None and detector.model.head is None:
-        missing = sorted(needs & {"head", "logits"})
+    elif detector.extractor is None and detector.model is not None:
+        missing = sorted(needs & {"embeddings", "head", "logits"} - detector.model.gives)
     return f"needs {', '.join(missing)}" if missing else None
 
 
@@ -298,61 +390,3 @@ def _failing(detectors: Mapping[str, Detector], study: Study) -> dict[str, str]:
 
 
 TRIAL_ROWS = 2048
-
-
-def _taking_part(study: Study, detectors: Mapping[str, Detector]) -> list[Component]:
-    """The components of a study: methods, extractors and sources."""
-    parts: list[Component] = []
-    for detector in detectors.values():
-        parts += [*detector.shapers, detector.scorer]
-        parts += [detector.extractor] if detector.extractor is not None else []
-    rows = [study.train, study.held_out, study.calibrate, study.id_test, *study.ood.values()]
-    for data in rows:
-        if isinstance(data, str) or (isinstance(data, Mapping) and "kind" in data):
-            data = registry.build("source", data)
-        if isinstance(data, Source):
-            parts.append(data)
-    return parts
-
-
-def _described(detector: Detector) -> dict[str, Any]:
-    return {
-        "shapers": [shaper.dump() for shaper in detector.shapers],
-        "scorer": detector.scorer.dump(),
-    }
-
-
-def _cited(detector: Detector) -> str | None:
-    papers = [part.paper for part in (*detector.shapers, detector.scorer) if part.paper]
-    return " ".join(str(paper) for paper in dict.fromkeys(papers)) or None
-
-
-def _configuration(study: Study, left_out: Mapping[str, str]) -> dict[str, Any]:
-    one = {"train": study.train, "held_out": study.held_out, "calibrate": study.calibrate}
-    options = {name: value for name, value in study.options.items() if name != "adapt"}
-    return {
-        "models": {name or "model": _shown(model) for name, model in study.models.items()},
-        **{name: _shown(rows) for name, rows in one.items() if rows is not None},
-        "id_test": _shown(study.id_test),
-        "ood": {name: _shown(rows) for name, rows in study.ood.items()},
-        "groups": {group: list(names) for group, names in study.groups.items()},
-        "left_out": dict(left_out),
-        **options,
-    }
-
-
-def _shown(thing: Any) -> Any:
-    """A component as its configuration, anything else as what it is and how large."""
-    if isinstance(thing, Component):
-        return thing.dump()
-    if thing is None or isinstance(thing, str | Mapping):
-        return thing
-    if isinstance(thing, FeatureModel):
-        return {"module": type(thing.module).__name__, "fingerprint": thing.fingerprint()}
-    if isinstance(thing, nn.Module):
-        return _shown(FeatureModel.wrap(thing))
-    try:
-        rows = Stream(thing).rows
-    except (TypeError, ValueError):
-        rows = None
-    return {"type": type(thing).__name__, **({} if rows is None else {"rows": rows})}

@@ -137,6 +137,11 @@ class Features:
         """Some of the rows; inputs and rerun are left behind."""
         return self._map(lambda value: value[rows], inputs=None, rerun=None)
 
+    def taken(self, rows: slice | Tensor) -> Features:
+        """Some of the rows, by number, with their inputs and the way through the model."""
+        inputs = None if self.inputs is None else _taken(self.inputs, rows)
+        return replace(self[rows], inputs=inputs, rerun=self.rerun)
+
     def with_embeddings(self, embeddings: Tensor) -> Features:
         """Other embeddings ``[N, D]``, and the logits that the head makes of them."""
         return replace(self, embeddings=embeddings, logits=None)
@@ -270,6 +275,16 @@ def required(value: Tensor | None, name: str) -> Tensor:
     if value is None:
         raise DataError(f"{name} are needed here, and these features have none")
     return value
+
+
+def _taken(inputs: Any, rows: slice | Tensor) -> Any:
+    if isinstance(inputs, Mapping):
+        return {name: _taken(value, rows) for name, value in inputs.items()}
+    if isinstance(rows, slice):
+        return inputs[rows]
+    if isinstance(inputs, Tensor):
+        return inputs[rows.to(inputs.device)]
+    return [inputs[int(row)] for row in rows]
 
 
 def check_finite(values: Tensor, stage: str, ids: Tensor | None = None) -> None:

@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 from pydantic import ConfigDict
 
-from oodcore.metrics import Curve, Floats
+from oodcore.curves import Curve, Floats
 
 BINS = 48
 ROC_POINTS = 200
@@ -23,7 +23,8 @@ class Figure:
     ``counts`` holds the rows of each data set in the bins between ``edges``, the same for all; what
     lies outside is in the first or the last bin. ``roc`` holds for each OOD set up to 200 points
     (share of OOD accepted, share of ID accepted). ``threshold`` is the calibrated one, below which
-    a row is flagged.
+    a row is flagged. ``coverage``, of selective prediction, holds up to 200 points (share of ID
+    rows kept, those with the highest scores; accuracy on them).
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
@@ -32,11 +33,12 @@ class Figure:
     counts: Mapping[str, tuple[int, ...]]
     roc: Mapping[str, tuple[tuple[float, float], ...]]
     threshold: float | None = None
+    coverage: tuple[tuple[float, float], ...] = ()
 
     def sound(self) -> bool:
         """Whether the parts fit together, as those of a drawn figure do."""
         edges = np.asarray(self.edges)
-        shares = chain.from_iterable(chain.from_iterable(self.roc.values()))
+        shares = chain.from_iterable(chain(*self.roc.values(), self.coverage))
         return (
             len(edges) > 1
             and bool(np.isfinite(edges).all() and (edges[1:] > edges[:-1]).all())
@@ -53,6 +55,7 @@ def draw(
     id_name: str,
     curves: Mapping[str, Curve],
     threshold: float | None = None,
+    risks: Floats | None = None,
 ) -> Figure:
     """The figure of a detector.
 
@@ -61,6 +64,8 @@ def draw(
         id_name: the in-distribution one.
         curves: by OOD set.
         threshold: the calibrated one, if there is any.
+        risks: the error rate among the i ID rows with the highest scores, ``[N]``, where accuracy
+            is to be drawn over coverage.
     """
     edges = bin_edges(scores, id_name)
     counts = {}
@@ -68,7 +73,8 @@ def draw(
         bins = np.searchsorted(edges[1:-1], values, side="right")
         counts[name] = tuple(np.bincount(bins, minlength=BINS).tolist())
     roc = {name: thinned(points) for name, points in curves.items()}
-    return Figure(tuple(edges.tolist()), counts, roc, threshold)
+    coverage = () if risks is None else covered(risks)
+    return Figure(tuple(edges.tolist()), counts, roc, threshold, coverage)
 
 
 def bin_edges(scores: Mapping[str, Floats], id_name: str) -> Floats:
@@ -103,6 +109,14 @@ def thinned(points: Curve) -> tuple[tuple[float, float], ...]:
         kept = np.unique(np.minimum(np.searchsorted(across + up, way), len(across) - 1))
         across, up = across[kept], up[kept]
     return tuple(zip(across.round(5).tolist(), up.round(5).tolist(), strict=True))
+
+
+def covered(risks: Floats) -> tuple[tuple[float, float], ...]:
+    """Up to 200 points of accuracy over coverage, evenly from one row to all, to five digits."""
+    rows = len(risks)
+    kept = np.unique(np.linspace(1, rows, min(rows, ROC_POINTS)).round().astype(np.int64))
+    accuracy = (1 - risks[kept - 1]).round(5)
+    return tuple(zip((kept / rows).round(5).tolist(), accuracy.tolist(), strict=True))
 
 
 def _central(values: Floats) -> tuple[float, float]:

@@ -11,7 +11,7 @@ import torch
 from oodcore.errors import ConfigurationError, DataError
 from oodcore.features import Features
 from oodcore.recipe import Learnt, Recipe
-from oodcore.scorer import depth, needed, tree
+from oodcore.scorer import depth
 from oodcore.selection import HELD_OUT_SHARE
 from oodcore.spool import Spool
 from oodcore.stages import Measuring, Progress
@@ -72,12 +72,7 @@ class Fitting:
 
     def again(self) -> bool:
         """Whether a later stage needs the inputs, so that the data is read more than once."""
-        return any(
-            "inputs" in needed(part)
-            for recipe in self.recipes.values()
-            for _, part in tree(recipe.scorer)
-            if part.measures
-        )
+        return any(recipe.rereads for recipe in self.recipes.values())
 
     @torch.no_grad()
     def update(self, features: Features) -> None:
@@ -268,7 +263,7 @@ class Fitting:
         """Fit the parts in turn that want no statistics: they may still want the head."""
         assert self._example is not None
         while progress.scorer is None and not progress.statistics():
-            progress.learn(FeatureStore(progress.apply(self._example).head, (), self.classes))
+            progress.learn(FeatureStore(progress.head(self._example), (), self.classes))
 
     def _first_fold(self) -> Iterator[tuple[str, FeatureStore, Progress]]:
         if self._folds is None:
@@ -307,6 +302,7 @@ class Fitting:
             else:
                 tasks += [Measuring(progress, *part) for part in progress.to_measure()]
         inputs = any(task.inputs for task in tasks)
+        inputs |= any(progress.reruns for _, progress in stores.values())
         for features in self._rows_again(inputs, False, reread):
             for store, progress in stores.values():
                 rows = progress.kept(progress.apply(features))
@@ -333,8 +329,9 @@ class Fitting:
         if inputs:
             if reread is None:
                 raise ConfigurationError(
-                    "a part inside this scorer is measured and passes through the model again: "
-                    "fit it on data that can be read twice in the same order, in one call of fit"
+                    "a part of this detector passes through the model again once others are "
+                    "fitted: fit it on data that can be read twice in the same order, in one call "
+                    "of fit"
                 )
             return reread(held_out)
         spool = self.held_spool if held_out else self.spool

@@ -1,4 +1,4 @@
-"""What scores are worth: AUROC, average precision, FPR at a level, OSCR, AURC, ECE.
+"""What scores are worth: AUROC, average precision, FPR at a level, detection error, OSCR.
 
 Scores are higher for in-distribution (ID) rows. Both polarities are reported, each under its own
 name, because the literature disagrees on which class is positive. Every function reads its arrays
@@ -7,17 +7,38 @@ without changing them; ties are counted, never broken by position.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from oodcore.errors import ConfigurationError, DataError
+from oodcore.confidence import accuracy, accuracy_at, aurc, correctness, eaurc, ece
+from oodcore.curves import Curve, Floats, Polarity, curve, finite_scores, wins
 
-Floats = NDArray[np.float64]
-Polarity = Literal["id", "ood"]
+__all__ = [
+    "METRICS",
+    "SEPARATION",
+    "Curve",
+    "Floats",
+    "Metric",
+    "Polarity",
+    "accuracy",
+    "accuracy_at",
+    "auin",
+    "auout",
+    "aurc",
+    "auroc",
+    "average_precision",
+    "curve",
+    "detection_error",
+    "eaurc",
+    "ece",
+    "finite_scores",
+    "fpr_at_tpr",
+    "measures",
+    "oscr",
+]
 
 
 @dataclass(frozen=True)
@@ -60,6 +81,72 @@ METRICS: Mapping[str, Metric] = {
         "average precision (step) of finding OOD inputs by their low scores; it depends on how "
         "many inputs of each kind there are",
     ),
+    **{
+        f"fpr{level}_ood_nearest": Metric(
+            f"FPR{level} nearest, OOD positive",
+            "lower",
+            f"the share of ID inputs that are flagged at the threshold whose share of flagged OOD "
+            f"inputs is nearest to {level} %, on either side",
+        )
+        for level in (90, 95, 99)
+    },
+    "auin": Metric(
+        "AUIN",
+        "higher",
+        "the area under precision against recall of ID inputs by the trapezoid rule, with a "
+        "precision of 0 where nothing is accepted; it depends on how many inputs of each kind "
+        "there are",
+    ),
+    "auout": Metric(
+        "AUOUT",
+        "higher",
+        "the area under precision against recall of OOD inputs by the trapezoid rule, with a "
+        "precision of 0 where nothing is flagged; it depends on how many inputs of each kind "
+        "there are",
+    ),
+    "dterr": Metric(
+        "DTERR",
+        "lower",
+        "the smallest share of all inputs, ID and OOD together, that any threshold takes for the "
+        "other kind",
+    ),
+    "oscr": Metric(
+        "OSCR",
+        "higher",
+        "the area under the share of all ID inputs that are accepted and classified correctly, "
+        "against the share of OOD inputs that are accepted",
+    ),
+    "aurc": Metric(
+        "AURC",
+        "lower",
+        "the error rate among the inputs with the highest scores, averaged over how many of them "
+        "are kept, from one to all",
+    ),
+    "eaurc": Metric(
+        "E-AURC",
+        "lower",
+        "AURC less that of a score that puts every right prediction above every wrong one",
+    ),
+    "error_auroc": Metric(
+        "AUROC of errors",
+        "higher",
+        "the chance that a rightly classified input scores above a wrongly classified one, a tie "
+        "counting half; none where all are right, or all wrong",
+    ),
+    "error_aupr": Metric(
+        "AUPR of errors",
+        "higher",
+        "average precision (step) of finding wrongly classified inputs by their low scores; none "
+        "where all are right, or all wrong",
+    ),
+    **{
+        f"accuracy_at_{level}": Metric(
+            f"Accuracy at {level} %",
+            "higher",
+            f"the accuracy on the {level} % of inputs with the highest scores",
+        )
+        for level in (80, 90)
+    },
     "accuracy": Metric(
         "Accuracy", "higher", "the share of ID test inputs whose predicted class is right"
     ),
@@ -70,137 +157,26 @@ METRICS: Mapping[str, Metric] = {
         "with the rate that was asked for",
     ),
 }
-"""What a benchmark reports, each a share in [0, 1]."""
+"""What benchmarks report, each a share in [0, 1]; a protocol chooses among them."""
 
 SEPARATION = ("auroc", "fpr95_id", "fpr95_ood", "aupr_id", "aupr_ood")
-"""The metrics that compare ID with OOD scores: what ``measures`` gives."""
+"""The metrics that compare ID with OOD scores where no protocol says otherwise."""
 
 
-def finite_scores(values: ArrayLike, name: str, *, empty: bool = False) -> Floats:
-    """Scores as float64 ``[N]``; the caller's array where it is one already.
-
-    Args:
-        values: one number a row.
-        name: what to call them in an error.
-        empty: whether no rows at all are fine.
-
-    Raises:
-        DataError: not one real number a row, no rows, or a row that is NaN or infinite.
-    """
-    try:
-        array: NDArray[Any] = np.asarray(values)
-    except ValueError as error:
-        raise DataError(f"{name} must be [N], one score a row: {error}") from None
-    if array.ndim != 1:
-        raise DataError(f"{name} must be [N], one score a row, not {list(array.shape)}")
-    if not array.size:
-        if empty:
-            return np.empty(0)
-        raise DataError(f"{name} are empty; at least one row is needed")
-    if array.dtype.kind not in "fiu":
-        raise DataError(f"{name} must be real numbers, not {array.dtype}")
-    scores = array.astype(np.float64, copy=False)
-    if not np.isfinite(scores).all():
-        row = int(np.flatnonzero(~np.isfinite(scores))[0])
-        raise DataError(f"{name}: row {row} is {scores[row]}; scores must be finite")
-    return scores
-
-
-def curve(id_scores: ArrayLike, ood_scores: ArrayLike) -> Curve:
-    """How many ID and OOD rows are accepted at every threshold, from one sort.
-
-    Raises:
-        DataError: scores that are not ``[N]``, empty, or not finite.
-    """
-    inside = finite_scores(id_scores, "id_scores")
-    outside = finite_scores(ood_scores, "ood_scores")
-    both = np.concatenate([inside, outside])
-    order = np.argsort(both)[::-1]
-    ranked = both[order]
-    last_of_ties = np.flatnonzero(np.append(ranked[1:] != ranked[:-1], True))
-    accepted = np.append(0, last_of_ties + 1)
-    id_accepted = np.append(0, np.cumsum(order < len(inside), dtype=np.int64)[last_of_ties])
-    return Curve(
-        thresholds=np.append(np.inf, ranked[last_of_ties]),
-        id_accepted=id_accepted,
-        ood_accepted=accepted - id_accepted,
-    )
-
-
-@dataclass(frozen=True, eq=False)
-class Curve:
-    """The counts that every measure is read from; made by ``curve``.
-
-    ``thresholds [T + 1]`` are the distinct scores from high to low after an infinite one that
-    accepts nothing. ``id_accepted`` and ``ood_accepted``, ``[T + 1]`` int64, count the rows that
-    score at least that much; their last entries are the numbers of rows.
-    """
-
-    thresholds: Floats
-    id_accepted: NDArray[np.int64]
-    ood_accepted: NDArray[np.int64]
-
-    def hits_and_alarms(self, positive: Polarity) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """True and false positives ``[T + 1]``, from none positive to all, for either polarity."""
-        if positive == "id":
-            return self.id_accepted, self.ood_accepted
-        if positive == "ood":
-            return (
-                self.ood_accepted[-1] - self.ood_accepted[::-1],
-                self.id_accepted[-1] - self.id_accepted[::-1],
-            )
-        raise ConfigurationError(f"positive must be 'id' or 'ood', not {positive!r}")
-
-    def auroc(self) -> float:
-        """See ``auroc``."""
-        return _wins(self) / (int(self.id_accepted[-1]) * int(self.ood_accepted[-1]))
-
-    def average_precision(self, positive: Polarity) -> float:
-        """See ``average_precision``."""
-        hits, alarms = self.hits_and_alarms(positive)
-        precision = hits[1:] / (hits[1:] + alarms[1:])
-        return float(np.diff(hits) @ precision) / int(hits[-1])
-
-    def fpr_at_tpr(
-        self,
-        tpr: float = 0.95,
-        positive: Polarity = "id",
-        rule: Literal["at_least", "nearest"] = "at_least",
-    ) -> float:
-        """See ``fpr_at_tpr``."""
-        if not 0 < tpr <= 1:
-            raise ConfigurationError(f"tpr must be above 0 and at most 1, not {tpr}")
-        hits, alarms = self.hits_and_alarms(positive)
-        recall = hits / hits[-1]
-        if rule == "at_least":
-            at = int(np.argmax(recall >= tpr))
-        elif rule == "nearest":
-            upto = int(np.argmax(recall == 1.0))
-            at = upto - int(np.argmin(np.abs(recall[upto:0:-1] - tpr)))
-        else:
-            raise ConfigurationError(f"rule must be 'at_least' or 'nearest', not {rule!r}")
-        return float(alarms[at] / alarms[-1])
-
-    def detection_error(self, weights: Literal["equal", "counts"] = "equal") -> float:
-        """See ``detection_error``."""
-        missed = self.id_accepted[-1] - self.id_accepted
-        if weights == "equal":
-            errors = missed / self.id_accepted[-1] + self.ood_accepted / self.ood_accepted[-1]
-            return float(errors.min()) / 2
-        if weights == "counts":
-            rows = self.id_accepted[-1] + self.ood_accepted[-1]
-            return float((missed + self.ood_accepted).min() / rows)
-        raise ConfigurationError(f"weights must be 'equal' or 'counts', not {weights!r}")
-
-    def measures(self) -> dict[str, float]:
-        """See ``measures``."""
-        return {
-            "auroc": self.auroc(),
-            "fpr95_id": self.fpr_at_tpr(0.95, "id"),
-            "fpr95_ood": self.fpr_at_tpr(0.95, "ood"),
-            "aupr_id": self.average_precision("id"),
-            "aupr_ood": self.average_precision("ood"),
-        }
+READINGS: Mapping[str, Callable[[Curve], float]] = {
+    "auroc": Curve.auroc,
+    "fpr95_id": lambda points: points.fpr_at_tpr(0.95, "id"),
+    "fpr95_ood": lambda points: points.fpr_at_tpr(0.95, "ood"),
+    "aupr_id": lambda points: points.average_precision("id"),
+    "aupr_ood": lambda points: points.average_precision("ood"),
+    "fpr90_ood_nearest": lambda points: points.fpr_at_tpr(0.90, "ood", "nearest"),
+    "fpr95_ood_nearest": lambda points: points.fpr_at_tpr(0.95, "ood", "nearest"),
+    "fpr99_ood_nearest": lambda points: points.fpr_at_tpr(0.99, "ood", "nearest"),
+    "auin": lambda points: points.trapezoid("id"),
+    "auout": lambda points: points.trapezoid("ood"),
+    "dterr": lambda points: points.detection_error("counts"),
+}
+"""Each metric that a curve alone tells."""
 
 
 def measures(id_scores: ArrayLike, ood_scores: ArrayLike) -> dict[str, float]:
@@ -209,7 +185,8 @@ def measures(id_scores: ArrayLike, ood_scores: ArrayLike) -> dict[str, float]:
     Raises:
         DataError: scores that are not ``[N]``, empty, or not finite.
     """
-    return curve(id_scores, ood_scores).measures()
+    points = curve(id_scores, ood_scores)
+    return {name: READINGS[name](points) for name in SEPARATION}
 
 
 def auroc(id_scores: ArrayLike, ood_scores: ArrayLike) -> float:
@@ -287,6 +264,36 @@ def detection_error(
     return curve(id_scores, ood_scores).detection_error(weights)
 
 
+def auin(id_scores: ArrayLike, ood_scores: ArrayLike) -> float:
+    """The area under precision against recall of ID rows, by the trapezoid rule.
+
+    The points are those of the distinct scores, after (0, 0) for no row accepted: so the code of
+    the SSB-OSR challenge (and of ODIN's descendants) draws them. A perfect detector of N rows
+    without ties therefore has 1 - 1/(2N). ``average_precision`` is the step-wise sum.
+
+    Args:
+        id_scores: ``[N]``.
+        ood_scores: ``[M]``.
+
+    Raises:
+        DataError: scores that are not ``[N]``, empty, or not finite.
+    """
+    return curve(id_scores, ood_scores).trapezoid("id")
+
+
+def auout(id_scores: ArrayLike, ood_scores: ArrayLike) -> float:
+    """As ``auin``, with the OOD rows as the positive class, found by their low scores.
+
+    Args:
+        id_scores: ``[N]``.
+        ood_scores: ``[M]``.
+
+    Raises:
+        DataError: scores that are not ``[N]``, empty, or not finite.
+    """
+    return curve(id_scores, ood_scores).trapezoid("ood")
+
+
 def oscr(id_scores: ArrayLike, correct: ArrayLike, ood_scores: ArrayLike) -> float:
     """The area under the open-set classification rate curve (Dhamija et al., NeurIPS 2018).
 
@@ -305,99 +312,7 @@ def oscr(id_scores: ArrayLike, correct: ArrayLike, ood_scores: ArrayLike) -> flo
     """
     inside = finite_scores(id_scores, "id_scores")
     outside = finite_scores(ood_scores, "ood_scores")
-    right = _correctness(correct, len(inside))
+    right = correctness(correct, len(inside))
     if not right.any():
         return 0.0
-    return _wins(curve(inside[right], outside)) / (len(inside) * len(outside))
-
-
-def aurc(scores: ArrayLike, correct: ArrayLike) -> float:
-    """The area under the risk-coverage curve (Geifman et al., ICLR 2019): lower is better.
-
-    The mean, over i = 1..N, of the error rate among the i rows with the highest scores. Tied rows
-    count with the mean over all their orders.
-
-    Args:
-        scores: ``[N]``, the confidence in each prediction.
-        correct: ``[N]`` booleans, whether the prediction is right.
-
-    Raises:
-        DataError: scores that are not ``[N]``, empty, or not finite; ``correct`` of another length
-            or not boolean.
-    """
-    confidence = finite_scores(scores, "scores")
-    wrong = ~_correctness(correct, len(confidence))
-    _, block, size = np.unique(-confidence, return_inverse=True, return_counts=True)
-    errors_in_block = np.bincount(block[wrong], minlength=len(size))
-    expected = np.repeat(errors_in_block / size, size)
-    coverage = np.arange(1, len(confidence) + 1)
-    return float(np.mean(np.cumsum(expected) / coverage))
-
-
-def accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
-    """The share of rows whose predicted class is the label.
-
-    Args:
-        predictions: ``[N]`` integers.
-        labels: ``[N]`` integers.
-
-    Raises:
-        DataError: not integers, empty, or of different lengths.
-    """
-    given, wanted = np.asarray(predictions), np.asarray(labels)
-    for name, array in (("predictions", given), ("labels", wanted)):
-        if array.ndim != 1 or not array.size or array.dtype.kind not in "iu":
-            raise DataError(
-                f"{name} must be [N] integers, not {list(array.shape)} of {array.dtype}"
-            )
-    if len(given) != len(wanted):
-        raise DataError(f"{len(given)} predictions do not fit {len(wanted)} labels")
-    return float(np.mean(given == wanted))
-
-
-def ece(confidence: ArrayLike, correct: ArrayLike, bins: int = 15) -> float:
-    """The expected calibration error: sum over bins of (n_b / N) |accuracy_b - confidence_b|.
-
-    The bins (lo, hi] have equal widths; a confidence of exactly 0 is in the first (Guo et al.,
-    ICML 2017).
-
-    Args:
-        confidence: ``[N]``, each in [0, 1].
-        correct: ``[N]`` booleans, whether the prediction is right.
-        bins: how many bins.
-
-    Raises:
-        DataError: a confidence outside [0, 1] or not finite; no rows; ``correct`` of another length
-            or not boolean.
-        ConfigurationError: fewer than one bin.
-    """
-    if isinstance(bins, bool) or not isinstance(bins, int | np.integer) or bins < 1:
-        raise ConfigurationError(f"bins must be a whole number of at least 1, not {bins!r}")
-    shares = finite_scores(confidence, "confidence")
-    outside = (shares < 0) | (shares > 1)
-    if outside.any():
-        row = int(np.argmax(outside))
-        raise DataError(f"confidence: row {row} is {shares[row]}; it must be in [0, 1]")
-    right = _correctness(correct, len(shares))
-    upper = np.arange(1, bins + 1) / bins
-    bin_of = np.searchsorted(upper, shares, side="left")
-    gap = np.bincount(bin_of, weights=right - shares, minlength=bins)
-    return float(np.abs(gap).sum() / len(shares))
-
-
-def _wins(points: Curve) -> float:
-    """The number of pairs in which ID scores above OOD, ties as halves: exact in integers."""
-    accepted = points.id_accepted
-    twice = int(np.diff(points.ood_accepted) @ (accepted[1:] + accepted[:-1]))
-    return twice / 2
-
-
-def _correctness(correct: ArrayLike, rows: int) -> NDArray[np.bool_]:
-    array: NDArray[Any] = np.asarray(correct)
-    if array.shape != (rows,):
-        raise DataError(f"correct must be [{rows}], one boolean a score, not {list(array.shape)}")
-    if array.dtype.kind == "b":
-        return array.astype(np.bool_, copy=False)
-    if array.dtype.kind in "iuf" and np.isin(array, (0, 1)).all():
-        return array.astype(np.bool_)
-    raise DataError("correct must be booleans: whether each row was classified correctly")
+    return wins(curve(inside[right], outside)) / (len(inside) * len(outside))

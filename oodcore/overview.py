@@ -12,16 +12,16 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-from oodcore.metrics import METRICS, SEPARATION
-from oodcore.tables import Column, best_of, columns, percent
+from oodcore.metrics import METRICS
+from oodcore.tables import Column, best_of, cell_text, columns, percent, protocol_line
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
 
     from oodcore.results import Results
 
-MEAN, ALL = "mean", "all"
-"""What the results call a mean, and the group of all OOD sets."""
+MEAN, POOLED, ALL = "mean", "pooled", "all"
+"""What the results call a mean, all OOD rows together, and the group of all OOD sets."""
 GAP = 2
 """Blanks between two columns."""
 NARROWEST = 12
@@ -36,10 +36,11 @@ class _Numbers:
 
     column: Column
     head: tuple[str, ...]
+    widest: str = "100.00"
 
     @property
     def width(self) -> int:
-        return min(WIDEST, max(cell_len(text) for text in (*self.head, "100.00")))
+        return min(WIDEST, max(cell_len(text) for text in (*self.head, self.widest)))
 
 
 class Overview:
@@ -50,13 +51,14 @@ class Overview:
 
     Args:
         results: what to show.
-        metric: what to show of each OOD set.
+        metric: what to show of each OOD set; left out, the protocol's first.
 
     Raises:
-        ConfigurationError: the metric does not compare ID with OOD data.
+        ConfigurationError: the metric is not among those that a table can show.
     """
 
-    def __init__(self, results: Results, metric: str = "auroc") -> None:
+    def __init__(self, results: Results, metric: str | None = None) -> None:
+        metric = results.main if metric is None else metric
         self._results = results
         self._blocks = (_means(results, metric), _on_each(results, metric))
         self._models: dict[str, dict[str, str]] = {}
@@ -100,30 +102,36 @@ class Overview:
                 yield Text(model, "bold") + Text(self._accuracy(model, " (accuracy {})"))
             body = _grid(chunk, first, header=False)
             for name, short in names.items():
-                cells = [percent(self._results.cell(name, n.column)) for n in chunk]
+                cells = [cell_text(self._results, name, n.column) for n in chunk]
                 marked = zip(cells, top, strict=True)
-                bold = (Text(cell, "bold" if cell == best else "") for cell, best in marked)
+                bold = (
+                    Text(c, "bold" if best and c.startswith(best) else "") for c, best in marked
+                )
                 body.add_row(Text(short), *bold)
             yield body
 
     def _accuracy(self, model: str, form: str) -> str:
         """The accuracy of a model, put into a form; nothing if it was not measured."""
-        name = next(iter(self._models[model]))
-        value = self._results.value(name, "accuracy", self._results.id_data.name)
-        return "" if value is None else form.format(percent(value))
+        name, inside = next(iter(self._models[model])), self._results.id_data
+        column = Column("accuracy", "accuracy", inside.name, inside.group)
+        told = cell_text(self._results, name, column)
+        return form.format(told) if told else ""
 
     def _best(self, column: Column) -> float | None:
         cells = [self._results.cell(entry.name, column) for entry in self._results.entries]
         return best_of([cell for cell in cells if cell is not None], column.metric)
 
+    def _spread(self) -> str:
+        """What stands behind the numbers of a protocol with repeats."""
+        repeats = len(self._results.repeats)
+        return f", mean ± standard deviation over {repeats} repeats" if repeats else ""
+
     def _caption(self) -> str:
         """How the numbers are to be read."""
         results = self._results
         inside = results.id_data
-        lines = [
-            "In percent. AUROC and AUPR: higher is better; FPR95: lower is better; ID or OOD is "
-            "the positive class."
-        ]
+        lines = [line] if (line := protocol_line(results)) else []
+        lines.append(f"In percent{self._spread()}. {_readings(results)}")
         if len(results.ood_data) == 1:
             lines.append(f"The OOD set is {results.ood_data[0].name}.")
         asked = results.configuration.get("false_alarm_rate")
@@ -132,9 +140,28 @@ class Overview:
                 f"False alarms: the share of {inside.name} ({inside.rows} rows) that is flagged, "
                 f"where {100 * asked:g} was asked for."
             )
+        if not results.metrics:
+            return "\n".join(lines)
         if "" in self._models and (told := self._accuracy("", f"Accuracy on {inside.name}: {{}}.")):
             lines.append(told)
         return "\n".join(lines)
+
+
+def _readings(results: Results) -> str:
+    """Which end of each metric is better, and which class is positive."""
+    metrics = [METRICS[name] for name in results.metrics or results.id_metrics]
+    ends = []
+    for end in ("higher", "lower"):
+        names = dict.fromkeys(m.title.partition(", ")[0] for m in metrics if m.better == end)
+        if names:
+            *others, last = names
+            said = f"{', '.join(others)} and {last}" if others else last
+            ends.append(f"{said}: {end} is better")
+    positive = dict.fromkeys(
+        word for m in metrics if (word := m.title.partition(", ")[2].partition(" ")[0])
+    )
+    told = [f"{' or '.join(positive)} is the positive class"] if positive else []
+    return f"{'; '.join([*ends, *told])}."
 
 
 def _grid(chunk: Sequence[_Numbers], first: int, *, header: bool) -> Table:
@@ -158,23 +185,31 @@ def _means(results: Results, metric: str) -> list[_Numbers]:
     mean = ["mean"] if len(results.ood_data) > 1 else []
     members = Counter(ood.group for ood in results.ood_data)
     over_all = [
-        _Numbers(Column("mean", each, MEAN, ALL), (*mean, *_title(each))) for each in SEPARATION
+        _Numbers(Column("mean", each, MEAN, ALL), (*mean, *_title(each)), _widest(results))
+        for each in results.metrics
     ]
     others = []
     for column in columns(results, metric):
+        widest = _widest(results)
         if column.metric == "false_alarm_rate":
-            over_all.append(_Numbers(column, ("false", "alarms")))
+            over_all.append(_Numbers(column, ("false", "alarms"), widest))
+        elif column.group == results.id_data.group and not results.metrics:
+            over_all.append(_Numbers(column, _title(column.metric), widest))
+        elif column.data == POOLED:
+            others.append(_Numbers(column, ("pooled", *_title(metric)), widest))
         elif column.data == MEAN and members[column.group] > 1:
-            others.append(_Numbers(column, (column.group, "mean", *_title(metric))))
+            others.append(_Numbers(column, (column.group, "mean", *_title(metric)), widest))
     return over_all + others
 
 
 def _on_each(results: Results, metric: str) -> list[_Numbers]:
     """One metric on every OOD set; of a single one the means have told all."""
     return [
-        _Numbers(column, (*_title(metric), column.title))
+        _Numbers(column, (*_title(metric), column.title), _widest(results))
         for column in columns(results, metric)
-        if column.metric in SEPARATION and column.data != MEAN and len(results.ood_data) > 1
+        if column.metric in results.metrics
+        and column.data not in (MEAN, POOLED)
+        and len(results.ood_data) > 1
     ]
 
 
@@ -186,6 +221,11 @@ def _filled(block: Sequence[_Numbers], room: int) -> list[list[_Numbers]]:
             chunks.append([])
         chunks[-1].append(numbers)
     return chunks
+
+
+def _widest(results: Results) -> str:
+    """The longest text that a number can have."""
+    return "100.00 ± 50.00" if results.repeats else "100.00"
 
 
 def _title(metric: str) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from oodcore.cache import CachedModel
 from oodcore.component import canonical
 from oodcore.data import Batch, Stream
 from oodcore.errors import ConfigurationError, DataError
@@ -90,31 +92,47 @@ def _equally_far(group: Mapping[str, Detector]) -> list[dict[str, Detector]]:
     return list(parts.values())
 
 
-def score(detectors: Mapping[str, Detector], data: Any) -> dict[str, Array]:
+def score(
+    detectors: Mapping[str, Detector], data: Any, spent: dict[str, float] | None = None
+) -> dict[str, Array]:
     """The scores of many detectors, ``[N]`` float64 each, from one pass of each model.
+
+    Args:
+        detectors: by name.
+        data: as in ``Detector.score``.
+        spent: to which the seconds are added that each detector's scorer takes.
 
     Raises:
         NotFittedError: a detector that has not learnt what it needs.
         DataError: rows that cannot be scored.
     """
-    return _numpy(_scores(by_model(detectors), data, lambda _features: None))
+    return _numpy(_scores(by_model(detectors), data, lambda _features: None, spent))
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a pass over labelled rows shows: scores by detector, accuracy by detector's name."""
+    """What a pass over labelled rows shows, by detector's name.
+
+    ``accuracy`` is over the rows with a label; ``correct [N]`` says of each row whether its label
+    was predicted, and is there where all rows have one.
+    """
 
     scores: Mapping[str, Array]
     accuracy: Mapping[str, float]
+    correct: Mapping[str, Array]
 
 
-def score_labelled(detectors: Mapping[str, Detector], data: Any) -> Seen:
-    """Scores, and the share of rows that each detector's model classifies as labelled.
+def score_labelled(
+    detectors: Mapping[str, Detector], data: Any, spent: dict[str, float] | None = None
+) -> Seen:
+    """Scores, and which rows each detector's model classifies as labelled.
 
-    Where the rows have no labels or the model no logits, there is no accuracy.
+    Where the rows have no labels or the model no logits, there is no accuracy. Arguments as in
+    ``score``.
     """
     scores: dict[str, Array] = {}
     accuracy: dict[str, float] = {}
+    right: dict[str, Array] = {}
     groups = by_model(detectors)
     _refuse_reading_twice(groups, data)
     for group in groups:
@@ -124,15 +142,20 @@ def score_labelled(detectors: Mapping[str, Detector], data: Any) -> Seen:
             if features.labels is not None and features.logits is not None:
                 correct.append((features.predicted == features.labels).cpu())
 
-        scores.update(_numpy(_scores([group], data, look)))
+        scores.update(_numpy(_scores([group], data, look, spent)))
         if correct:
-            share = float(torch.cat(correct).double().mean())
-            accuracy.update(dict.fromkeys(group, share))
-    return Seen({name: scores[name] for name in detectors}, accuracy)
+            every = torch.cat(correct).numpy()
+            accuracy.update(dict.fromkeys(group, float(every.mean())))
+            if len(every) == len(scores[next(iter(group))]):
+                right.update(dict.fromkeys(group, every))
+    return Seen({name: scores[name] for name in detectors}, accuracy, right)
 
 
 def _scores(
-    groups: list[dict[str, Detector]], data: Any, look: Callable[[Features], None]
+    groups: list[dict[str, Detector]],
+    data: Any,
+    look: Callable[[Features], None],
+    spent: dict[str, float] | None = None,
 ) -> dict[str, list[Tensor]]:
     _refuse_reading_twice(groups, data)
     columns: dict[str, list[Tensor]] = {name: [] for group in groups for name in group}
@@ -148,9 +171,12 @@ def _scores(
                 place = places[name]
                 if place not in shared:
                     shared[place] = shaped(features, detector.shapers, learnt[name].shapers)
+                began = time.perf_counter()
                 with torch.no_grad():
                     scores = scored(shared[place], detector.recipe, learnt[name])
                 columns[name].append(scores.cpu())
+                if spent is not None:
+                    spent[name] = spent.get(name, 0.0) + time.perf_counter() - began
     return columns
 
 
@@ -171,7 +197,10 @@ def features_of(
         adapt=detector.adapt,
         start=start,
     )
-    model = detector.model
+    own = detector.model
+    model: FeatureModel | CachedModel | None = own
+    if own is not None and detector.cache is not None:
+        model = detector.cache.of(own, detector.extractor, inputs="inputs" in needs)
     for batch in track(stream, title, stream.rows):
         with torch.no_grad():
             features = _features(model, batch)
@@ -188,10 +217,13 @@ def features_of(
 
 
 def _wide(road: Rerun) -> Rerun:
-    return lambda inputs, edit=None: road(inputs, edit=edit).double()
+    def wide(inputs: Any, edit: Any = None) -> Features:
+        return replace(road(inputs, edit=edit).double(), rerun=wide)
+
+    return wide
 
 
-def _features(model: FeatureModel | None, batch: Batch | Features) -> Features:
+def _features(model: FeatureModel | CachedModel | None, batch: Batch | Features) -> Features:
     if isinstance(batch, Features):
         return batch
     if model is not None:
@@ -260,15 +292,16 @@ def _same_model(a: Detector, b: Detector) -> bool:
     one, two = a.model, b.model
     if one is None or two is None:
         return one is two
-    heads = one.head is two.head or (isinstance(one.head, str) and one.head == two.head)
-    return one.module is two.module and heads and one.preprocess == two.preprocess
+    return one.identity() == two.identity()
 
 
 def _reader(group: Mapping[str, Detector], *, fitting: bool = False) -> Detector:
     """The group's first detector, with a model that captures the layers that any of them needs."""
     names = {need for d in group.values() for need in d.recipe.needs(fitting=fitting)}
     layers = sorted(name.partition(".")[2] for name in names if name.startswith("layers."))
-    return next(iter(group.values())).reading(layers)
+    reader = next(iter(group.values())).reading(layers)
+    reader.cache = next((d.cache for d in group.values() if d.cache is not None), None)
+    return reader
 
 
 def _refuse_reading_twice(groups: list[dict[str, Detector]], *data: Any) -> None:
@@ -302,7 +335,7 @@ def _largest_label(data: Any, detector: Detector) -> int | None:
     Raises:
         ConfigurationError: numbers so large that they can hardly be those of classes.
     """
-    if detector.model is not None and detector.model.head is not None:
+    if detector.model is not None and "logits" in detector.model.gives:
         return None
     stream = Stream(data, adapt=detector.adapt)
     if not stream.repeatable or (detector.model is not None and not stream.whole):

@@ -41,6 +41,20 @@ class Recipe:
         return self.stages == 0 and not shaped and not scored
 
     @property
+    def rereads(self) -> bool:
+        """Whether some stage after the first passes through the model again."""
+        needs, stages = frozenset[str](), []
+        for shaper in self.shapers:
+            if shaper.statistics():
+                stages.append(needs.union(*(s.needs() for s in shaper.statistics())))
+            needs |= shaper.needs()
+        parts = [part for _, part in tree(self.scorer)]
+        if any(part.statistics() for part in parts):
+            stages.append(needs | needed_to_fit(self.scorer))
+        measured = [needs | needed(part) for part in parts if part.measures]
+        return any("inputs" in stage for stage in stages[1:] + measured)
+
+    @property
     def holds_out(self) -> bool:
         """Whether some part is measured on rows on which no part was fitted."""
         return any(part.measures and part.held_out for _, part in tree(self.scorer))
@@ -77,7 +91,12 @@ def shaped(features: Features, shapers: Iterable[Shaper], states: Iterable[State
 def _longer(road: Rerun | None, shaper: Shaper, state: State) -> Rerun | None:
     if road is None:
         return None
-    return lambda inputs, edit=None: shaper.apply(road(inputs, edit=edit), state)
+
+    def longer(inputs: Any, edit: Any = None) -> Features:
+        # What comes at its end takes all of it once more, and not only the part before the shaper.
+        return replace(shaper.apply(road(inputs, edit=edit), state), rerun=longer)
+
+    return longer
 
 
 def require(needs: Iterable[str], features: Features, who: str) -> None:

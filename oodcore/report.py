@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from oodcore.figures import Figure
-from oodcore.metrics import METRICS, SEPARATION
+from oodcore.metrics import METRICS
 from oodcore.results import Entry, Results, write_text
-from oodcore.tables import Column, best_of, columns, percent
+from oodcore.tables import Column, best_of, cell_text, columns, percent, protocol_line
 
 BIN_WIDTH, HEIGHT, ROC = 10, 100, 500
 """The drawings' own units: a bin, a histogram's height, a side of the ROC square."""
@@ -39,7 +39,8 @@ def render(results: Results) -> str:
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}
     order = results.ranked()
     entries = {entry.name: entry for entry in results.entries}
-    tables = {metric: _table(results, metric, order) for metric in SEPARATION}
+    choices = results.metrics or (results.main,)
+    tables = {metric: _table(results, metric, order) for metric in choices}
     versions = _mapping(results.provenance.get("versions"))
     plugins = _mapping(results.provenance.get("plugins"))
     shown = {*versions, *(["versions"] if versions else []), *(["plugins"] if plugins else [])}
@@ -47,11 +48,13 @@ def render(results: Results) -> str:
     return environment.get_template("report.html.jinja").render(
         results=results,
         metrics=METRICS,
-        separation=SEPARATION,
+        choices=choices,
+        main=tables[results.main],
+        protocol=protocol_line(results),
         spans=_spans(results),
         several_models=len({entry.model for entry in results.entries}) > 1,
         tables=tables,
-        best=_headline(results),
+        best={"name": order[0], "numbers": _headline(results, order[0])},
         asked=results.configuration.get("false_alarm_rate"),
         detectors=[_detector(results, entries[name]) for name in order],
         embedded=_embedded(results, tables, order),
@@ -77,34 +80,34 @@ def _table(results: Results, metric: str, order: Sequence[str]) -> dict[str, Any
     lines = [
         [
             {
-                "text": percent(value),
-                "tint": _tint(value, column.metric),
+                "text": cell_text(results, name, column),
+                "tint": _tint(value, column, results),
                 "best": value is not None and percent(value) == percent(top),
             }
             for value, column, top in zip(line, shown, best, strict=True)
         ]
-        for line in values
+        for name, line in zip(order, values, strict=True)
     ]
     return {"columns": shown, "values": values, "lines": lines}
 
 
-def _tint(value: float | None, metric: str) -> float:
+def _tint(value: float | None, column: Column, results: Results) -> float:
     """How strongly a cell is coloured, in [0, 1]: from chance to perfect, alike in all tables."""
-    if value is None or metric not in SEPARATION:
+    if value is None or column.data == results.id_data.name:
         return 0.0
-    if metric == "auroc":
+    if column.metric == "auroc":
         return round(max(2 * value - 1, 0.0), 3)
-    return round(value if METRICS[metric].better == "higher" else 1 - value, 3)
+    return round(value if METRICS[column.metric].better == "higher" else 1 - value, 3)
 
 
 def _spans(results: Results) -> list[tuple[str, int]]:
     """The heads over the table's columns: (text, how many columns), side by side."""
     spans: list[tuple[str, int]] = []
     for column in columns(results):
-        if column.metric not in SEPARATION:
+        if column.data == results.id_data.name:
             text = f"on {results.id_data.name}"
-        elif column.data == "mean":
-            text = "means over OOD sets"
+        elif column.data in ("mean", "pooled"):
+            text = "means over OOD sets" if column.data == "mean" else "all OOD sets"
         else:
             text = f"{column.group} OOD" if column.group else "OOD"
         count = spans.pop()[1] if spans and spans[-1][0] == text else 0
@@ -112,28 +115,30 @@ def _spans(results: Results) -> list[tuple[str, int]]:
     return spans
 
 
-def _headline(results: Results) -> dict[str, str]:
-    name = results.best()
-    return {
-        "name": name,
-        "auroc": percent(results.mean(name, "auroc")),
-        "fpr95_id": percent(results.mean(name, "fpr95_id")),
-    }
+def _headline(results: Results, name: str) -> list[tuple[str, str]]:
+    """A detector's first two metrics: what each is called, and the number."""
+    mean = "mean " if len(results.ood_data) > 1 else ""
+    inside = results.id_data
+    metrics = results.metrics or results.id_metrics
+    return [
+        (f"{mean}{METRICS[metric].title}", cell_text(results, name, Column("", metric, *place)))
+        for metric in metrics[:2]
+        for place in [("mean", "all") if results.metrics else (inside.name, inside.group)]
+    ]
 
 
 def _detector(results: Results, entry: Entry) -> dict[str, Any]:
     """All that the page says about one detector."""
     figure = results.figures[entry.name]
     inside, *outside = results.data
-    separating = [column for column in columns(results) if column.metric in SEPARATION]
+    separating = [column for column in columns(results) if column.data != inside.name]
     citation, url = _linked(entry.citation)
     return {
         "entry": entry,
-        "auroc": percent(results.mean(entry.name, "auroc")),
-        "fpr95_id": percent(results.mean(entry.name, "fpr95_id")),
+        "headline": _headline(results, entry.name),
         "false_alarms": percent(results.value(entry.name, "false_alarm_rate", inside.name)),
         "numbers": [
-            (column.title, [_number(results, entry, column, metric) for metric in SEPARATION])
+            (column.title, [_number(results, entry, column, metric) for metric in results.metrics])
             for column in separating
         ],
         "inside": _steps(figure.counts[inside.name]),
@@ -149,9 +154,7 @@ def _detector(results: Results, entry: Entry) -> dict[str, Any]:
 
 
 def _number(results: Results, entry: Entry, column: Column, metric: str) -> str:
-    return percent(
-        results.cell(entry.name, Column(column.title, metric, column.data, column.group))
-    )
+    return cell_text(results, entry.name, Column(column.title, metric, column.data, column.group))
 
 
 def _embedded(
@@ -162,7 +165,11 @@ def _embedded(
     return {
         "detectors": [[name, models[name]] for name in order],
         "columns": [
-            [column.metric if column.metric not in SEPARATION else "", column.data, column.group]
+            [
+                column.metric if column.data == results.id_data.name else "",
+                column.data,
+                column.group,
+            ]
             for column in columns(results)
         ],
         "metrics": {
@@ -172,8 +179,13 @@ def _embedded(
                 "values": tables[metric]["values"],
                 "tints": [[cell["tint"] for cell in line] for line in tables[metric]["lines"]],
                 "best": [[int(cell["best"]) for cell in line] for line in tables[metric]["lines"]],
+                **(
+                    {"texts": [[c["text"] for c in line] for line in tables[metric]["lines"]]}
+                    if results.repeats
+                    else {}
+                ),
             }
-            for metric in SEPARATION
+            for metric in tables
         },
     }
 

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import os
 import platform
-import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -18,95 +13,49 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict
 
 from oodcore import __version__
 from oodcore.calibration import Calibration
-from oodcore.errors import ArtifactError, ConfigurationError, DataError
-from oodcore.figures import Figure, draw
-from oodcore.metrics import METRICS, SEPARATION, Curve, Floats, curve, finite_scores
+from oodcore.errors import ConfigurationError
+from oodcore.figures import Figure
+from oodcore.measuring import Scored, measure
+from oodcore.metrics import METRICS
+from oodcore.protocol import Protocol
+from oodcore.protocols import Separation
+from oodcore.records import (
+    ALL,
+    ID,
+    MEAN,
+    POOLED,
+    STRICT,
+    DataSet,
+    Entry,
+    Row,
+    known_names,
+    plain_json,
+    same_names,
+)
+from oodcore.results_folder import SCHEMA, read_results, write_results, write_text
 from oodcore.tables import Column, markdown, table_rows
 
 if TYPE_CHECKING:
     from oodcore.overview import Overview
 
-SCHEMA = 1
-ID = "id"
-"""The group of the in-distribution test data."""
-MEAN, ALL = "mean", "all"
-"""A mean's data, and its group where it is over every OOD set."""
-
-_STRICT = ConfigDict(extra="forbid", strict=True)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One detector of a benchmark.
-
-    Args:
-        name: unique in the benchmark.
-        model: the name of the model it stands on; empty if there is only one.
-        configuration: its shapers and scorer, in plain JSON values.
-        citation: of the paper behind it.
-        seconds_fit: how long fitting took.
-        seconds_score: how long scoring all data took.
-
-    Raises:
-        ConfigurationError: a name that cannot be printed, a configuration that is not plain JSON.
-    """
-
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
-
-    name: str
-    model: str = ""
-    configuration: Mapping[str, Any] = field(default_factory=dict)
-    citation: str | None = None
-    seconds_fit: float | None = None
-    seconds_score: float | None = None
-
-    def __post_init__(self) -> None:
-        _printable(self.name, "a detector")
-        _printable(self.model or "one", "a model")
-        _plain(self.citation, f"the citation of {self.name}")
-        plain = _plain(self.configuration, f"the configuration of {self.name}")
-        object.__setattr__(self, "configuration", plain)
-
-
-@dataclass(frozen=True)
-class DataSet:
-    """A data set of a benchmark; its group is ``id``, or that of an OOD set (empty for none)."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
-
-    name: str
-    group: str
-    rows: int
-
-    def __post_init__(self) -> None:
-        _printable(self.name, "a data set")
-        _printable(self.group or "none", "a group")
-        if self.name == MEAN or self.group == ALL:
-            raise ConfigurationError(
-                f"no data set can be called '{MEAN}' and no group '{ALL}': these stand for means"
-            )
-
-
-@dataclass(frozen=True)
-class Row:
-    """One number: a metric of a detector on a data set, a share in [0, 1].
-
-    A mean over the OOD sets of a group has the data ``mean`` and that group; over all of them, the
-    group ``all``. Every set weighs the same.
-    """
-
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
-
-    detector: str
-    model: str
-    data: str
-    group: str
-    metric: str
-    value: float
+__all__ = [
+    "ALL",
+    "ID",
+    "MEAN",
+    "POOLED",
+    "SCHEMA",
+    "DataSet",
+    "Entry",
+    "Results",
+    "Row",
+    "Scored",
+    "versions",
+    "write_text",
+]
 
 
 @dataclass(frozen=True)
@@ -121,12 +70,14 @@ class Results:
         configuration: of the whole benchmark.
         provenance: ``versions`` (of Python and packages), ``plugins`` (versions by distribution)
             and whatever else was recorded.
+        protocol: what was measured: its kind, its fields, and its ``meaning`` in a sentence.
+        repeats: what the repeats of a protocol are called: draws, or divisions of the classes.
 
     Raises:
         ConfigurationError: parts that do not fit together.
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     entries: tuple[Entry, ...]
     data: tuple[DataSet, ...]
@@ -134,10 +85,12 @@ class Results:
     figures: Mapping[str, Figure]
     configuration: Mapping[str, Any]
     provenance: Mapping[str, Any]
+    protocol: Mapping[str, Any] = field(default_factory=lambda: _recorded(Separation()))
+    repeats: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("configuration", "provenance"):
-            object.__setattr__(self, name, _plain(getattr(self, name), f"the {name}"))
+        for name in ("configuration", "provenance", "protocol"):
+            object.__setattr__(self, name, plain_json(getattr(self, name), f"the {name}"))
         _check(self)
 
     @classmethod
@@ -149,8 +102,10 @@ class Results:
         id_name: str = "id_test",
         groups: Mapping[str, str] | None = None,
         accuracy: Mapping[str, float] | None = None,
+        correct: Mapping[str, ArrayLike] | None = None,
         calibrations: Mapping[str, Calibration] | None = None,
         false_alarm_rate: float | None = None,
+        protocol: Protocol | None = None,
         configuration: Mapping[str, Any] | None = None,
         provenance: Mapping[str, Any] | None = None,
     ) -> Results:
@@ -162,55 +117,80 @@ class Results:
             id_name: the in-distribution test data among the data sets; all others are OOD.
             groups: of OOD sets, such as ``near`` and ``far``; means are taken over each.
             accuracy: by model, on the in-distribution test data.
+            correct: by model, ``[N]`` booleans: which of its rows are classified as labelled; some
+                protocols need it, and accuracy is counted from it.
             calibrations: by detector; one left out has no measured false-alarm rate.
             false_alarm_rate: that was asked for; recorded in the configuration.
+            protocol: what to measure; left out, how well ID and OOD rows come apart.
             configuration: of the whole benchmark, in plain JSON values.
             provenance: what else to record, in plain JSON values; versions are added.
 
         Raises:
             ConfigurationError: names that do not fit together, or calibrations without a rate.
-            DataError: scores that are not ``[N]``, empty or not finite, or not of the same rows.
+            DataError: scores that are not ``[N]``, empty or not finite, or not of the same rows;
+                what the protocol needs and is not there.
         """
-        entries = tuple(entries)
-        groups, accuracy, calibrations = groups or {}, accuracy or {}, calibrations or {}
-        names = [entry.name for entry in entries]
-        _same_names("detectors", names, scores)
-        _known_names("detector", calibrations, names)
-        _known_names("model", accuracy, [entry.model for entry in entries])
-        if calibrations and false_alarm_rate is None:
-            raise ConfigurationError("calibrations need the false_alarm_rate that was asked for")
-        checked = {
-            name: {
-                data: finite_scores(values, f"the scores of {name} on {data}")
-                for data, values in scores[name].items()
-            }
-            for name in names
-        }
-        data = _data_sets(checked, id_name, groups)
-        rows: list[Row] = []
-        figures = {}
-        for entry in entries:
-            own = {item.name: checked[entry.name][item.name] for item in data}
-            curves = {ood.name: curve(own[id_name], own[ood.name]) for ood in data[1:]}
-            alone = {"accuracy": accuracy[entry.model]} if entry.model in accuracy else {}
-            threshold = None
-            if entry.name in calibrations and false_alarm_rate is not None:
-                calibration = calibrations[entry.name]
-                threshold = calibration.threshold(false_alarm_rate)
-                flagged = calibration.flagged(own[id_name], false_alarm_rate)
-                alone["false_alarm_rate"] = float(flagged.mean())
-            for metric, value in alone.items():
-                rows.append(Row(entry.name, entry.model, id_name, ID, metric, float(value)))
-            rows += _separation(entry, data[1:], curves)
-            figures[entry.name] = draw(own, id_name, curves, threshold)
+        scored = Scored(scores, accuracy or {}, correct or {}, calibrations or {})
+        return cls.from_splits(
+            entries,
+            {"": scored},
+            id_name=id_name,
+            groups=groups,
+            false_alarm_rate=false_alarm_rate,
+            protocol=protocol,
+            configuration=configuration,
+            provenance=provenance,
+        )
+
+    @classmethod
+    def from_splits(
+        cls,
+        entries: Iterable[Entry],
+        splits: Mapping[str, Scored],
+        *,
+        id_name: str = "id_test",
+        groups: Mapping[str, str] | None = None,
+        false_alarm_rate: float | None = None,
+        protocol: Protocol | None = None,
+        configuration: Mapping[str, Any] | None = None,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> Results:
+        """As ``from_scores``, of several divisions of the classes, each with its own rows.
+
+        Args:
+            entries: the detectors, the same in every split.
+            splits: what they said in each, by the split's name.
+            id_name: as in ``from_scores``; so are the others.
+
+        Raises:
+            ConfigurationError, DataError: as ``from_scores``.
+        """
+        entries, protocol = tuple(entries), protocol or Separation()
+        repeats = protocol.repeats or (tuple(splits) if len(splits) > 1 else ())
+        measured = measure(
+            entries,
+            splits,
+            protocol,
+            id_name=id_name,
+            groups=groups or {},
+            false_alarm_rate=false_alarm_rate,
+        )
         asked = {} if false_alarm_rate is None else {"false_alarm_rate": false_alarm_rate}
+        calibrated = {
+            name: max(map(len, one.calibrations.values()))
+            for name, one in splits.items()
+            if one.calibrations
+        }
+        rows = {"calibration_rows": calibrated} if calibrated else {}
         return cls(
             entries,
-            data,
-            tuple(rows),
-            figures,
+            measured.data,
+            measured.rows,
+            measured.figures,
             {**(configuration or {}), **asked},
-            {"versions": versions(), **(provenance or {})},
+            {"versions": versions(), **rows, **(provenance or {})},
+            _recorded(protocol),
+            repeats,
         )
 
     @property
@@ -228,35 +208,82 @@ class Results:
         """The named groups of OOD sets, ``near`` and ``far`` first."""
         return tuple(dict.fromkeys(ood.group for ood in self.ood_data if ood.group))
 
+    @property
+    def calibration_rows(self) -> int | None:
+        """How many rows the thresholds stand on, those of all splits; None without a calibration.
+
+        The measured false-alarm rate is to be judged by them: see ``docs/decisions.md``.
+        """
+        rows = self.provenance.get("calibration_rows")
+        return sum(rows.values()) if isinstance(rows, Mapping) and rows else None
+
     @cached_property
-    def _values(self) -> dict[tuple[str, str, str, str], float]:
-        return {(row.detector, row.metric, row.data, row.group): row.value for row in self.rows}
+    def metrics(self) -> tuple[str, ...]:
+        """What was measured on each OOD set, the protocol's first metric first."""
+        return tuple(dict.fromkeys(r.metric for r in self.rows if r.data != self.id_data.name))
+
+    @cached_property
+    def id_metrics(self) -> tuple[str, ...]:
+        """What was measured on the in-distribution test data alone."""
+        measured = {row.metric for row in self.rows if row.data == self.id_data.name}
+        return tuple(name for name in METRICS if name in measured)
+
+    @property
+    def main(self) -> str:
+        """The metric by which detectors are ranked where none is named."""
+        return (*self.metrics, *self.id_metrics, "auroc")[0]
+
+    @cached_property
+    def _found(self) -> dict[tuple[str, str, str, str], Row]:
+        return {(row.detector, row.metric, row.data, row.group): row for row in self.rows}
 
     @cached_property
     def _group_of(self) -> dict[str, str]:
         return {data.name: data.group for data in self.data}
 
+    def row(self, detector: str, metric: str, data: str, group: str | None = None) -> Row | None:
+        """The whole record of a number, with its repeats; None if it was not measured.
+
+        Args:
+            detector: its name.
+            metric: its name.
+            data: a data set, ``mean`` or ``pooled``.
+            group: of a mean; left out, the data set's own.
+        """
+        if group is None:
+            group = ALL if data in (MEAN, POOLED) else self._group_of.get(data, "")
+        return self._found.get((detector, metric, data, group))
+
     def value(self, detector: str, metric: str, data: str) -> float | None:
         """A metric on one data set; None if it was not measured."""
-        return self._values.get((detector, metric, data, self._group_of.get(data, "")))
+        return _value(self.row(detector, metric, data))
 
     def mean(self, detector: str, metric: str, group: str = ALL) -> float | None:
         """The mean of a metric over the OOD sets of a group; None if it was not measured."""
-        return self._values.get((detector, metric, MEAN, group))
+        return _value(self.row(detector, metric, MEAN, group))
 
     def cell(self, detector: str, column: Column) -> float | None:
         """The number of a detector in a table's column; None if it was not measured."""
-        return self._values.get((detector, column.metric, column.data, column.group))
+        return _value(self.row(detector, column.metric, column.data, column.group))
 
-    def ranked(self, metric: str = "auroc") -> tuple[str, ...]:
-        """The detectors, best first: by the mean over the OOD sets, or by accuracy.
+    def sd(self, detector: str, column: Column) -> float | None:
+        """Its standard deviation over the repeats; None where it was measured once."""
+        row = self.row(detector, column.metric, column.data, column.group)
+        return None if row is None else row.sd
+
+    def ranked(self, metric: str | None = None) -> tuple[str, ...]:
+        """The detectors, best first: by the mean over the OOD sets, or on the ID test data.
 
         Equal ones stay in the order of the configuration; those without a value come last.
+
+        Args:
+            metric: left out, the protocol's first.
 
         Raises:
             ConfigurationError: an unknown metric, or one of which neither end is better.
         """
-        _known_names("metric", [metric], METRICS)
+        metric = self.main if metric is None else metric
+        known_names("metric", [metric], METRICS)
         better = METRICS[metric].better
         if better is None:
             raise ConfigurationError(f"detectors cannot be ranked by {metric}: neither end is best")
@@ -264,24 +291,24 @@ class Results:
 
         def key(name: str) -> float:
             inside = self.value(name, metric, self.id_data.name)
-            value = self.mean(name, metric) if metric in SEPARATION else inside
+            value = self.mean(name, metric) if metric in self.metrics else inside
             return float("inf") if value is None else sign * value
 
         return tuple(sorted((entry.name for entry in self.entries), key=key))
 
-    def best(self, metric: str = "auroc") -> str:
+    def best(self, metric: str | None = None) -> str:
         """The name of the best detector by a metric; see ``ranked``."""
         return self.ranked(metric)[0]
 
-    def table_rows(self, metric: str = "auroc") -> list[list[str]]:
+    def table_rows(self, metric: str | None = None) -> list[list[str]]:
         """See ``oodcore.tables.table_rows``."""
         return table_rows(self, metric)
 
-    def markdown(self, metric: str = "auroc") -> str:
+    def markdown(self, metric: str | None = None) -> str:
         """See ``oodcore.tables.markdown``."""
         return markdown(self, metric)
 
-    def table(self, metric: str = "auroc") -> Overview:
+    def table(self, metric: str | None = None) -> Overview:
         """What ``rich.print`` shows in a terminal; see ``oodcore.overview.Overview``."""
         from oodcore.overview import Overview
 
@@ -292,21 +319,7 @@ class Results:
 
         Each file is replaced in one step, so that a reader never finds half of one.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        table = io.StringIO()
-        writer = csv.writer(table, lineterminator="\n")
-        writer.writerow(column.name for column in fields(Row))
-        writer.writerows(asdict(row).values() for row in self.rows)
-        write_text(folder / "results.csv", table.getvalue())
-        content = {
-            "schema": SCHEMA,
-            "conventions": {name: metric.meaning for name, metric in METRICS.items()},
-            **asdict(self),
-        }
-        lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in content.items())
-        write_text(folder / "results.json", "{\n" + ",\n".join(lines) + "\n}\n")
-        return folder
+        return write_results(self, folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> Results:
@@ -315,26 +328,7 @@ class Results:
         Raises:
             ArtifactError: no results there, damaged ones, or ones of a schema unknown here.
         """
-        path = Path(folder) / "results.json"
-        try:
-            content = json.loads(path.read_bytes())
-            schema = content.pop("schema", None) if isinstance(content, dict) else None
-            if type(schema) is not int or schema < 1:
-                raise ArtifactError(f"{path} has no schema number: it is not a benchmark's results")
-            if schema > SCHEMA:
-                raise ArtifactError(
-                    f"{path} has schema {schema} and this oodcore reads schema {SCHEMA}: upgrade it"
-                )
-            content.pop("conventions", None)
-            return TypeAdapter(cls).validate_json(json.dumps(content))
-        except OSError as error:
-            raise ArtifactError(f"{path} cannot be read: {error.strerror}") from None
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise ArtifactError(f"{path} is not JSON: {error}") from None
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            where = ".".join(map(str, first["loc"])) or "as a whole"
-            raise ArtifactError(f"{path}: {where}: {first['msg']}") from None
+        return read_results(folder)
 
 
 def versions() -> dict[str, str]:
@@ -346,62 +340,13 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write_text(path: Path, text: str) -> None:
-    """Put a text file in its place in one step."""
-    passing = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        passing.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(passing, path)
-    finally:
-        passing.unlink(missing_ok=True)
+def _recorded(protocol: Protocol) -> dict[str, Any]:
+    """What results keep of a protocol, readable without what its extractors come from."""
+    return {**protocol.model_dump(mode="json"), "meaning": protocol.told}
 
 
-def _separation(
-    entry: Entry, sets: Sequence[DataSet], curves: Mapping[str, Curve]
-) -> Iterator[Row]:
-    """A detector's rows on every OOD set, then the means over all of them and over groups."""
-    values = {ood.name: curves[ood.name].measures() for ood in sets}
-    for ood in sets:
-        for metric, value in values[ood.name].items():
-            yield Row(entry.name, entry.model, ood.name, ood.group, metric, value)
-    groups = {ALL: [ood.name for ood in sets]}
-    for ood in sets:
-        if ood.group:
-            groups.setdefault(ood.group, []).append(ood.name)
-    for group, members in groups.items():
-        for metric in SEPARATION:
-            mean = float(np.mean([values[name][metric] for name in members]))
-            yield Row(entry.name, entry.model, MEAN, group, metric, mean)
-
-
-def _data_sets(
-    scores: Mapping[str, Mapping[str, Floats]], id_name: str, groups: Mapping[str, str]
-) -> tuple[DataSet, ...]:
-    """The data sets that every detector scored: ID, then OOD by group, near and far first."""
-    if not scores:
-        raise ConfigurationError("there is no detector to compare")
-    first, *others = scores
-    rows = {name: len(values) for name, values in scores[first].items()}
-    outside = [name for name in rows if name != id_name]
-    if id_name not in rows or not outside:
-        raise ConfigurationError(
-            f"needed are scores on '{id_name}' and on at least one OOD set, and those of {first} "
-            f"are on: {', '.join(rows) or 'nothing'}"
-        )
-    for other in others:
-        _same_names(f"data sets of {first} and {other}", rows, scores[other])
-        for name, values in scores[other].items():
-            if len(values) != rows[name]:
-                raise DataError(
-                    f"{first} scored {rows[name]} rows of {name}, and {other} {len(values)}: "
-                    "detectors are compared on the same rows"
-                )
-    _known_names("OOD set", groups, outside)
-    named = [group for name in outside if (group := groups.get(name, ""))]
-    order = list(dict.fromkeys(["near", "far", *named, ""]))
-    outside.sort(key=lambda name: order.index(groups.get(name, "")))
-    sets = (DataSet(name, groups.get(name, ""), rows[name]) for name in outside)
-    return (DataSet(id_name, ID, rows[id_name]), *sets)
+def _value(row: Row | None) -> float | None:
+    return None if row is None else row.value
 
 
 def _check(results: Results) -> None:
@@ -410,45 +355,25 @@ def _check(results: Results) -> None:
     data = {item.name: item.group for item in results.data}
     if len(detectors) != len(results.entries) or len(data) != len(results.data):
         raise ConfigurationError("two detectors, or two data sets, have the same name")
-    if not detectors or len(data) < 2:
-        raise ConfigurationError("results are of at least one detector, ID data and one OOD set")
+    if not detectors or not data:
+        raise ConfigurationError("results are of at least one detector and of ID data")
     if [group == ID for group in data.values()] != [True] + [False] * (len(data) - 1):
         raise ConfigurationError(f"the first data set, and no other, is of the group '{ID}'")
-    known = {*data.items(), *((MEAN, group) for group in (ALL, *results.groups))}
+    known = {*data.items(), (POOLED, ALL), *((MEAN, group) for group in (ALL, *results.groups))}
     for row in results.rows:
         if detectors.get(row.detector) != row.model or (row.data, row.group) not in known:
             raise ConfigurationError(f"{row} is about nothing in these results")
-        if row.metric not in METRICS or not 0 <= row.value <= 1:
+        if row.metric not in METRICS or not all(0 <= v <= 1 for v in (row.value, *row.values)):
             raise ConfigurationError(f"{row} is no share in [0, 1] of a known metric")
-    if len(results._values) != len(results.rows):
+        if row.values and len(row.values) != len(results.repeats):
+            raise ConfigurationError(f"{row} does not have a value for each of the repeats")
+        if row.values and not np.isclose(row.value, np.mean(row.values), rtol=0, atol=1e-12):
+            raise ConfigurationError(f"{row} has a value that is not the mean of its repeats")
+    if len(results._found) != len(results.rows):
         raise ConfigurationError("a metric is given twice for the same detector and data")
-    _same_names("detectors and figures", detectors, results.figures)
+    same_names("detectors and figures", detectors, results.figures)
     for name, figure in results.figures.items():
-        _same_names(f"histograms of {name}", data, figure.counts)
-        _same_names(f"ROC curves of {name}", list(data)[1:], figure.roc)
+        same_names(f"histograms of {name}", data, figure.counts)
+        same_names(f"ROC curves of {name}", list(data)[1:], figure.roc)
         if not figure.sound():
             raise ConfigurationError(f"the figure of {name} is damaged")
-
-
-def _same_names(what: str, one: Iterable[str], other: Iterable[str]) -> None:
-    if only := sorted(set(one) ^ set(other)):
-        raise ConfigurationError(f"the {what} do not match: only one side has {', '.join(only)}")
-
-
-def _known_names(what: str, given: Iterable[str], known: Iterable[str]) -> None:
-    known = list(dict.fromkeys(known))
-    if strange := [name for name in given if name not in known]:
-        raise ConfigurationError(f"unknown {what} '{strange[0]}'; there are: {', '.join(known)}")
-
-
-def _printable(name: str, what: str) -> None:
-    if not (name.isprintable() and name.strip()):
-        raise ConfigurationError(f"{name!r} cannot name {what}: it cannot be printed on one line")
-
-
-def _plain(value: Any, what: str) -> Any:
-    """A copy in plain JSON values, as it will be read back."""
-    try:
-        return json.loads(json.dumps(value, allow_nan=False, ensure_ascii=False).encode())
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigurationError(f"{what} cannot be recorded as JSON: {error}") from None

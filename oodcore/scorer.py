@@ -58,6 +58,12 @@ class Scorer(Component):
     def score(self, features: Features, state: State) -> Tensor:
         """``[N]`` float64; higher means more in-distribution. A row's score is its own."""
 
+    def inside(self) -> tuple[tuple[Path, Scorer], ...]:
+        """The scorers that are fitted and measured before this one, each with its path in the
+        state: those in its fields, unless it fits these itself or has others made of them."""
+        found = self.components()
+        return tuple((path, part) for path, part in found if isinstance(part, Scorer))
+
     @property
     def measures(self) -> bool:
         """Whether there is anything to measure; a scorer whose fields decide it says so here."""
@@ -75,7 +81,10 @@ class Scorer(Component):
 
 
 class Shaper(Component):
-    """Reshapes features before any scorer sees them."""
+    """Reshapes features before any scorer sees them.
+
+    One that needs the inputs leaves the head as it is.
+    """
 
     slot: ClassVar[str] = "shaper"
 
@@ -195,7 +204,7 @@ class Combination(Scorer):
 
 def parts(scorer: Scorer) -> list[tuple[Path, Scorer]]:
     """The scorers directly inside a scorer, each with its path in the state."""
-    return [(path, part) for path, part in scorer.components() if isinstance(part, Scorer)]
+    return list(scorer.inside())
 
 
 def tree(scorer: Scorer, at: Path = ()) -> Iterator[tuple[Path, Scorer]]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,7 +10,7 @@ from torch import Tensor
 from oodcore import selection
 from oodcore.component import canonical
 from oodcore.errors import ConfigurationError, DataError
-from oodcore.features import Features, check_finite
+from oodcore.features import Features, Head, check_finite
 from oodcore.recipe import Recipe, own, require, shaped
 from oodcore.scorer import Path, Scorer, Shaper, needed, parts, put_state, state_at, tree
 from oodcore.statistics import State, Statistic
@@ -77,15 +75,29 @@ class Progress:
         """Features as the part that is next in turn sees them."""
         return shaped(features, self.recipe.shapers[: len(self.shapers)], self.shapers)
 
+    def head(self, example: Features) -> Head | None:
+        """The head that the part that is next in turn sees.
+
+        Shapers that need the inputs leave it alone; an example has none.
+        """
+        done = list(zip(self.recipe.shapers, self.shapers, strict=False))
+        given = [(shaper, state) for shaper, state in done if "inputs" not in shaper.needs()]
+        return shaped(example, [s for s, _ in given], [state for _, state in given]).head
+
+    @property
+    def reruns(self) -> bool:
+        """Whether the statistics of the next part, or a shaper before it, need the inputs."""
+        shapers = self.recipe.shapers[: len(self.shapers)]
+        needs = [each.needs() for each in shapers] + [each.needs() for each in self.statistics()]
+        return any("inputs" in names for names in needs)
+
     def kept(self, features: Features, *, held_out: bool = False) -> Features:
         """The rows to fit on, or those set apart."""
         if not self.split:
             return features
         assert features.ids is not None
         apart = selection.held_out(features.ids, self.recipe.seed)
-        rows = (apart == held_out).to(features.device).nonzero().flatten()
-        inputs = None if features.inputs is None else _taken(features.inputs, rows)
-        return replace(features[rows], inputs=inputs, rerun=features.rerun)
+        return features.taken((apart == held_out).to(features.device).nonzero().flatten())
 
 
 def _fitted(part: Scorer | Shaper, store: FeatureStore) -> State:
@@ -125,7 +137,7 @@ class Measuring:
 
     @property
     def inputs(self) -> bool:
-        return "inputs" in needed(self.part)
+        return "inputs" in needed(self.part, self.progress.recipe.shapers)
 
     def update(self, features: Features, *, held_out: bool) -> None:
         progress = self.progress
@@ -163,11 +175,3 @@ class Measuring:
         labels = torch.cat(self.labels) if self.labels else None
         done = own(self.part.finish(state, torch.cat(self.rows), labels), self.who)
         progress.scorer = put_state(progress.scorer, self.path, done)
-
-
-def _taken(inputs: Any, rows: Tensor) -> Any:
-    if isinstance(inputs, Tensor):
-        return inputs[rows.to(inputs.device)]
-    if isinstance(inputs, Mapping):
-        return {name: _taken(value, rows) for name, value in inputs.items()}
-    return [inputs[int(row)] for row in rows]

@@ -42,7 +42,8 @@ class Statistic(Component):
 
     @abstractmethod
     def needs(self) -> frozenset[str]:
-        """The fields of Features that it reads: "embeddings", "logits", "layers.<name>"."""
+        """The fields of Features that it reads: "embeddings", "logits", "head", "layers.<name>";
+        "inputs" marks one that passes through the model again."""
 
     @abstractmethod
     def init(self, shape: Shape) -> State:

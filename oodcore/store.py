@@ -287,11 +287,23 @@ def _sizes(features: Features) -> dict[str, tuple[int, ...]]:
 
 
 class Place:
-    """A store's statistics of something else than its embeddings."""
+    """A store's statistics of something else than its embeddings, which the head does not fit."""
+
+    head: Head | None = None
 
     def __init__(self, store: FeatureStore, wrap: Callable[[Statistic], Statistic]) -> None:
         self._store = store
         self._wrap = wrap
+
+    @property
+    def rows(self) -> int:
+        """How many rows there were."""
+        return self._store.rows
+
+    @property
+    def classes(self) -> int | None:
+        """K."""
+        return self._store.classes
 
     def __getitem__(self, statistic: Statistic) -> Any:
         return self._store[self._wrap(statistic)]

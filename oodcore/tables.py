@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from oodcore.errors import ConfigurationError
-from oodcore.metrics import METRICS, SEPARATION
+from oodcore.metrics import METRICS
 
 if TYPE_CHECKING:
     from oodcore.results import Results
@@ -22,25 +22,34 @@ class Column:
     group: str
 
 
-def columns(results: Results, metric: str = "auroc") -> tuple[Column, ...]:
+def columns(results: Results, metric: str | None = None) -> tuple[Column, ...]:
     """What a table of one metric shows: means, each OOD set, then what was measured on ID alone.
 
+    Args:
+        results: what to show.
+        metric: measured on the OOD sets, or where there are none, on the ID test data; left out,
+            the protocol's first.
+
     Raises:
-        ConfigurationError: the metric does not compare ID with OOD data.
+        ConfigurationError: the metric is not among those that a table can show.
     """
-    if metric not in SEPARATION:
-        raise ConfigurationError(f"a table shows one of {', '.join(SEPARATION)}, not {metric!r}")
+    metric = results.main if metric is None else metric
+    shown = results.metrics or results.id_metrics
+    if metric not in shown:
+        raise ConfigurationError(f"a table shows one of {', '.join(shown)}, not {metric!r}")
+    inside = results.id_data
+    alone = [
+        Column(_told(METRICS[name].title), name, inside.name, inside.group)
+        for name in results.id_metrics
+    ]
+    if not results.metrics:
+        return tuple(alone)
     sets = [Column(ood.name, metric, ood.name, ood.group) for ood in results.ood_data]
     means = [Column("mean", metric, "mean", "all")] if len(sets) > 1 else []
     if len({ood.group for ood in results.ood_data}) > 1:
         means += [Column(f"{group} mean", metric, "mean", group) for group in results.groups]
-    inside = results.id_data
-    measured = {row.metric for row in results.rows}
-    alone = [
-        Column(METRICS[name].title.lower(), name, inside.name, inside.group)
-        for name in ("accuracy", "false_alarm_rate")
-        if name in measured
-    ]
+    if any(row.data == "pooled" for row in results.rows):
+        means.insert(0, Column("pooled", metric, "pooled", "all"))
     return (*means, *sets, *alone)
 
 
@@ -49,31 +58,44 @@ def percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.2f}"
 
 
-def table_rows(results: Results, metric: str = "auroc") -> list[list[str]]:
+def cell_text(results: Results, detector: str, column: Column) -> str:
+    """What stands in a cell, in percent: with its standard deviation where there are repeats."""
+    value, sd = results.cell(detector, column), results.sd(detector, column)
+    return percent(value) if sd is None else f"{percent(value)} ± {percent(sd)}"
+
+
+def table_rows(results: Results, metric: str | None = None) -> list[list[str]]:
     """A header and a line for each detector, best first; numbers in percent.
 
     Raises:
-        ConfigurationError: the metric does not compare ID with OOD data.
+        ConfigurationError: as ``columns``.
     """
     shown = columns(results, metric)
     names = _name_columns(results)
     models = {entry.name: entry.model for entry in results.entries}
     lines = [[*names, *(column.title for column in shown)]]
     for detector in results.ranked(metric):
-        numbers = [percent(results.cell(detector, column)) for column in shown]
+        numbers = [cell_text(results, detector, column) for column in shown]
         lines.append([*[detector, models[detector]][: len(names)], *numbers])
     return lines
 
 
-def markdown(results: Results, metric: str = "auroc") -> str:
-    """``table_rows`` as Markdown."""
+def markdown(results: Results, metric: str | None = None) -> str:
+    """``table_rows`` as Markdown, below it the protocol, where it is not the plain one."""
     escaped = [
         [cell.replace("\\", "\\\\").replace("|", "\\|") for cell in line]
         for line in table_rows(results, metric)
     ]
     words = len(_name_columns(results))
     rule = ["---" if number < words else "---:" for number in range(len(escaped[0]))]
-    return "".join(f"| {' | '.join(line)} |\n" for line in [escaped[0], rule, *escaped[1:]])
+    table = "".join(f"| {' | '.join(line)} |\n" for line in [escaped[0], rule, *escaped[1:]])
+    return f"{table}\n{said}\n" if (said := protocol_line(results)) else table
+
+
+def protocol_line(results: Results) -> str:
+    """The protocol and what it does, in a line; nothing for the plain one, ``separation``."""
+    kind, meaning = (results.protocol.get(name) for name in ("kind", "meaning"))
+    return "" if kind == "separation" else f"Protocol {kind}: {meaning}."
 
 
 def best_of(values: list[float], metric: str) -> float | None:
@@ -82,6 +104,11 @@ def best_of(values: list[float], metric: str) -> float | None:
     if not values or better is None:
         return None
     return max(values) if better == "higher" else min(values)
+
+
+def _told(title: str) -> str:
+    """A metric's title within a head: in lower case, unless it is an acronym."""
+    return title.lower() if title[1].islower() else title
 
 
 def _name_columns(results: Results) -> list[str]:

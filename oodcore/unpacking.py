@@ -22,7 +22,7 @@ from oodcore.fitting import Fitting
 from oodcore.index import Rows
 from oodcore.plugins import UNNAMED, registry
 from oodcore.recipe import Learnt, Recipe, scored, shaped
-from oodcore.scorer import needed, state_at, tree
+from oodcore.scorer import needed, needed_to_fit, state_at, tree
 from oodcore.spool import dtype_of
 
 if TYPE_CHECKING:
@@ -272,7 +272,9 @@ def _resumed(saved: _Store, detector: Detector) -> Fitting:
     """The fitting that was saved, if it can go on: it takes in one row more, as a trial."""
     with _blamed("store"):
         fitting = Fitting.unpacked(saved.model_dump(), {detector.name: detector.recipe})
-    if not any("inputs" in shaper.needs() for shaper in detector.shapers):
+    # What passes through the model again cannot be tried on a row without its inputs.
+    shaping = frozenset[str]().union(*(shaper.needs() for shaper in detector.shapers))
+    if "inputs" not in shaping | needed_to_fit(detector.scorer, detector.shapers):
         _attempt(lambda: fitting.only(detector.name).rehearse(), "store")
     return fitting
 

@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 
 from oodcore.component import Component, Slot, notes
 from oodcore.plugins import Plugin, registry
+from oodcore.protocols import Choice
 from oodcore.scorer import Scorer, Shaper, needed, needed_to_fit
 from oodcore.statistics import Statistic
 
@@ -112,6 +113,8 @@ def type_of(annotation: Any, marks: Iterable[Any] = ()) -> str:
     marks = tuple(marks)
     if slots := [mark for mark in marks if isinstance(mark, Slot)]:
         return slots[0].name
+    if any(isinstance(mark, Choice) for mark in marks):
+        return Choice.word
     bounds = " and ".join(_bounds(marks))
     return f"{_bare(annotation)} {bounds}" if bounds else _bare(annotation)
 

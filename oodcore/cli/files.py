@@ -86,9 +86,12 @@ def _told(config: Configuration | TrainingConfig) -> str:
     if isinstance(config, BenchmarkConfig):
         detectors = [str(candidate.name) for candidate in config.candidates()]
         models = f" on {_several(len(config.models), 'model')}" if config.models else ""
+        plain = config.protocol.kind == "separation"
+        protocol = "" if plain else f", protocol {config.protocol.kind}"
+        sets = f", {_several(len(config.ood), 'OOD set')}" if config.ood else ""
         return (
-            f"a benchmark: {_several(len(detectors), 'detector')}{models}, "
-            f"{_several(len(config.ood), 'OOD set')}: {', '.join(detectors)}"
+            f"a benchmark: {_several(len(detectors), 'detector')}{models}"
+            f"{sets}{protocol}: {', '.join(detectors)}"
         )
     assert isinstance(config, DetectorConfig)
     item = Candidate(shapers=config.shapers, scorer=config.scorer)
@@ -138,7 +141,7 @@ def _form(batch: Batch | Features) -> str:
 def _seen(extractor: Extractor, batch: Batch | Features | None) -> str:
     """What a model makes of an input."""
     model = extractor.load()
-    name = type(model.module).__name__
+    name = model.title
     if not isinstance(batch, Batch):
         return name
     with torch.no_grad():

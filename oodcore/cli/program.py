@@ -37,6 +37,12 @@ Out = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The folde
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML or JSON file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+Cache = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache", metavar="DIR", help="Keep here what the model says, and do not ask it twice."
+    ),
+]
 Allow = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME", help="Code that the artifact may run, as package.module:name."),
@@ -245,6 +251,7 @@ def _fit(
     store: Annotated[
         bool, typer.Option("--store", help="Keep the statistics, so that fitting can go on.")
     ] = False,
+    cache: Cache = None,
 ) -> None:
     """Fit and calibrate a detector, and save it as an artifact.
 
@@ -252,7 +259,30 @@ def _fit(
     """
     from oodcore.cli import work
 
-    work.fit_detector(config, out, overwrite, store)
+    work.fit_detector(config, out, overwrite, store, cache)
+
+
+@_command("tune")
+def _tune(
+    config: Config,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="FILE", help="The configuration to write.")
+    ],
+    trials: Annotated[
+        int, typer.Option(metavar="N", min=1, help="How many sets of values to try at most.")
+    ] = 50,
+    cache: Cache = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Choose values for a detector's configuration, on validation rows.
+
+    Its block 'tune' names them. The values that are tried are those that the scorer and the shapers
+    declare. All else in the file stays as it is.
+    """
+    from oodcore.cli import tuning
+
+    tuning.tune_detector(config, out, trials, cache, overwrite, as_json)
 
 
 @_command("score")
@@ -274,6 +304,7 @@ def _score(
     rate: Annotated[
         float | None, typer.Option(metavar="RATE", help="Another false-alarm rate, in (0, 1).")
     ] = None,
+    cache: Cache = None,
     as_json: Json = False,
 ) -> None:
     """Score rows with an artifact, into a .csv file.
@@ -283,18 +314,18 @@ def _score(
     """
     from oodcore.cli import work
 
-    work.score_rows(artifact, source, out, tuple(allow or ()), sha256, rate, as_json)
+    work.score_rows(artifact, source, out, tuple(allow or ()), sha256, rate, cache, as_json)
 
 
 @_command("benchmark")
-def _benchmark(config: Config, out: Out, as_json: Json = False) -> None:
+def _benchmark(config: Config, out: Out, cache: Cache = None, as_json: Json = False) -> None:
     """Compare detectors on many data sets.
 
     It leaves results.json, results.csv and report.html.
     """
     from oodcore.cli import work
 
-    work.run_benchmark(config, out, as_json)
+    work.run_benchmark(config, out, cache, as_json)
 
 
 @_command("report")

@@ -9,7 +9,7 @@ import os
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from oodcore.artifact import refuse_to_overwrite
+from oodcore.cache import Cache
+from oodcore.calibration import check_rows
 from oodcore.cli import streams
 from oodcore.component import Component
 from oodcore.config import DetectorConfig, read, validate
@@ -28,6 +30,7 @@ from oodcore.ensemble import Ensemble
 from oodcore.errors import ConfigurationError
 from oodcore.evaluation import compare, study_of
 from oodcore.features import Features
+from oodcore.metrics import METRICS
 from oodcore.plugins import registry
 from oodcore.report import write
 from oodcore.results import Results, write_text
@@ -78,14 +81,18 @@ def train_network(config: Path, out: Path, resume: bool, overwrite: bool) -> Non
     streams.write(f"saved to {folder}; as an extractor: {{kind: run, path: {folder}}}")
 
 
-def fit_detector(config: Path, out: Path, overwrite: bool, store: bool) -> None:
+def fit_detector(config: Path, out: Path, overwrite: bool, store: bool, cache: Path | None) -> None:
     """Fit and calibrate a detector, save it, and print what was done."""
     document = read(config)
     checked = validate(DetectorConfig, document)
     if checked.train is None:
         raise ConfigurationError(f"{config}: train: is needed to fit; name the rows to fit on")
     refuse_to_overwrite(out, overwrite)
+    if checked.calibrate is not None and (rows := Stream(checked.calibrate).rows) is not None:
+        check_rows(rows, checked.false_alarm_rate)
     detector = Detector.from_config(document)
+    if cache is not None:
+        detector.cache = Cache(cache)
     with streams.bars():
         detector.fit(checked.train, checked.held_out)
         if checked.calibrate is not None:
@@ -102,6 +109,7 @@ def score_rows(
     allow: tuple[str, ...],
     sha256: str | None,
     rate: float | None,
+    cache: Path | None,
     as_json: bool,
 ) -> None:
     """Score the rows of a source into a .csv file, and print how many were flagged.
@@ -113,6 +121,7 @@ def score_rows(
         allow: code that the artifact may run.
         sha256: of the artifact's manifest.
         rate: the false-alarm rate to predict with; the artifact's own if None.
+        cache: the folder that keeps what models say; None for none.
         as_json: print JSON.
 
     Raises:
@@ -126,6 +135,9 @@ def score_rows(
         raise ConfigurationError(f"{out} is a folder; give --out a file")
     source = _source(given)
     detector: Detector | Ensemble = load(artifact, allow=allow, sha256=sha256)
+    if cache is not None:
+        for one in detector.members.values() if isinstance(detector, Ensemble) else [detector]:
+            one.cache = Cache(cache)
     rate = _rate(detector, rate)
     rows = _Numbered(source, detector)
     with streams.bars() as bars:
@@ -147,9 +159,11 @@ def score_rows(
         streams.write(f"scored {len(scores)} rows, {told}: {out}")
 
 
-def run_benchmark(config: Path, out: Path, as_json: bool) -> None:
+def run_benchmark(config: Path, out: Path, cache: Path | None, as_json: bool) -> None:
     """Compare detectors, write results and report, print the table."""
     study = study_of(config)
+    if cache is not None:
+        study = replace(study, options={**study.options, "cache": cache})
     if os.path.lexists(out) and not out.is_dir():
         raise ConfigurationError(f"{out} is no folder; give --out another")
     with streams.bars():
@@ -160,6 +174,8 @@ def run_benchmark(config: Path, out: Path, as_json: bool) -> None:
         streams.write_json(
             {
                 "best": results.best(),
+                "protocol": results.protocol,
+                "repeats": results.repeats,
                 "false_alarm_rate": results.configuration.get("false_alarm_rate"),
                 "rows": [asdict(row) for row in results.rows],
             }
@@ -262,9 +278,11 @@ def _one_thread() -> Iterator[None]:
 
 def _verdict(results: Results) -> str:
     """The best detector, and how its false alarms compare with what was asked for."""
-    name = results.best()
-    mean = "mean AUROC" if len(results.ood_data) > 1 else "AUROC"
-    text = f"Best: {name}, {mean} {percent(results.mean(name, 'auroc'))} %"
+    name, main = results.best(), results.main
+    mean = "mean " if len(results.ood_data) > 1 else ""
+    inside = results.value(name, main, results.id_data.name)
+    value = results.mean(name, main) if results.metrics else inside
+    text = f"Best: {name}, {mean}{METRICS[main].title} {percent(value)} %"
     measured = results.value(name, "false_alarm_rate", results.id_data.name)
     asked = results.configuration.get("false_alarm_rate")
     if measured is None or asked is None:

@@ -145,7 +145,7 @@ def rows_apart(subject: Subject) -> None:
 def unchanged(subject: Subject) -> None:
     """Features, the model and what was learnt stay as they are."""
     made = subject.problem()
-    module = made.model.module
+    (module,) = made.model.modules
     weights = copied(module)
     modes, hooks = [part.training for part in module.modules()], _hooks(module)
     fitting = subject.fitting(made)

@@ -115,7 +115,7 @@ def merging(subject: Subject) -> None:
     parts = [slice(0, cut), slice(cut, 2 * cut), slice(2 * cut, None)]
     rows = subject.features(made, made.train)
     stores = [
-        FeatureStore(rows.head, statistics, made.sizes.classes).update(rows[p]) for p in parts
+        FeatureStore(rows.head, statistics, made.sizes.classes).update(rows.taken(p)) for p in parts
     ]
     whole = FeatureStore(rows.head, statistics, made.sizes.classes).update(rows)
     first, second, third = stores

@@ -56,7 +56,7 @@ class Summary:
         layers = [need.partition(".")[2] for need in needs if need.startswith("layers.")]
         made = problem(layers, self.network, sizes or self.sizes).on(device)
         with torch.no_grad():
-            return features_of(made.model, made.train, inputs=False)
+            return features_of(made.model, made.train, inputs="inputs" in needs)
 
     def begin(self, rows: Features) -> State:
         """The state before any row."""
@@ -65,6 +65,7 @@ class Summary:
         width = 0 if rows.embeddings is None else rows.embeddings.shape[1]
         return self.statistic.init(Shape(classes, width, layers, rows.device))
 
+    @torch.no_grad()
     def state(self, parts: Sequence[Features]) -> State:
         """The state after some batches."""
         state = self.begin(parts[0])
@@ -88,24 +89,27 @@ class Summary:
 
 def batches(summary: Summary) -> None:
     """Batches of any size and rows in any order give one summary."""
-    rows = summary.features()[:150]
+    rows = summary.features().taken(slice(150))
     whole = summary.state([rows])
-    singly = summary.state([*_split(rows[:20], 1), rows[20:]])
+    singly = summary.state([*_split(rows.taken(slice(20)), 1), rows.taken(slice(20, None))])
     summary.compare(singly, whole, "updated one row at a time")
     for size in (7, 100):
         summary.compare(summary.state(_split(rows, size)), whole, f"updated {size} rows at a time")
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(6))
     summary.compare(
-        summary.state(_split(rows[order], 50)), whole, "updated in another order of rows"
+        summary.state(_split(rows.taken(order), 50)), whole, "updated in another order of rows"
     )
 
 
+@torch.no_grad()
 def merging(summary: Summary) -> None:
     """States merged in any way give the summary of all rows, an untouched state among them too."""
     rows = summary.features()
     assert rows.labels is not None
     whole = summary.state([rows])
-    by_class = [rows[(rows.labels == k).nonzero().flatten()] for k in range(summary.sizes.classes)]
+    by_class = [
+        rows.taken((rows.labels == k).nonzero().flatten()) for k in range(summary.sizes.classes)
+    ]
     for how, parts in (
         ("in three parts", _split(rows, 1 + len(rows) // 3)),
         ("by class", by_class),
@@ -126,7 +130,9 @@ def merging(summary: Summary) -> None:
     nothing = summary.begin(rows)
     summary.compare(summary.merged(nothing, whole), whole, "merged into the state before any row")
     first, *others = _split(rows, 1 + len(rows) // 4)
-    grown = summary.merged(summary.state([first]), summary.state(others[:-1] or [rows[:0]]))
+    grown = summary.merged(
+        summary.state([first]), summary.state(others[:-1] or [rows.taken(slice(0))])
+    )
     grown = summary.statistic.update(copy_state(grown), others[-1])
     summary.compare(grown, whole, "merged and then updated")
 
@@ -135,13 +141,14 @@ def empty_batches(summary: Summary) -> None:
     """A batch without rows changes nothing."""
     rows = summary.features()
     whole = summary.state([rows])
-    with_empty = summary.state([rows[:0], rows[:100], rows[:0], rows[100:], rows[:0]])
+    none, first, rest = (rows.taken(s) for s in (slice(0), slice(100), slice(100, None)))
+    with_empty = summary.state([none, first, none, rest, none])
     summary.compare(with_empty, whole, "updated with empty batches in between")
 
 
 def far(summary: Summary) -> None:
     """Rows far from the origin lose no digits: sums of squares do, updated scatters do not."""
-    rows = summary.features()[:150]
+    rows = summary.features().taken(slice(150))
     moved = replace(
         rows,
         embeddings=None if rows.embeddings is None else rows.embeddings + 1e6,
@@ -150,7 +157,7 @@ def far(summary: Summary) -> None:
     whole = summary.state([moved])
     summary.compare(summary.state(_split(moved, 7)), whole, "updated 7 rows at a time, far from 0")
     half = len(moved) // 2
-    halves = summary.state([moved[:half]]), summary.state([moved[half:]])
+    halves = [summary.state([moved.taken(s)]) for s in (slice(half), slice(half, None))]
     summary.compare(summary.merged(*halves), whole, "merged, far from 0")
 
 
@@ -159,8 +166,8 @@ def odd_rows(summary: Summary) -> None:
     usual = summary.features()
     cases = {
         "one class and one dimension": summary.features(Sizes(classes=1, width=1)),
-        "one row": usual[:1],
-        "equal rows": usual[torch.zeros(20, dtype=torch.int64)],
+        "one row": usual.taken(slice(1)),
+        "equal rows": usual.taken(torch.zeros(20, dtype=torch.int64)),
         "rows of zeros": _times(usual, 0.0),
         "large rows": _times(usual, 1e6),
     }
@@ -172,6 +179,7 @@ def odd_rows(summary: Summary) -> None:
         summary.compare(summary.state(_split(rows, 3)), state, f"updated 3 rows at a time, {name}")
 
 
+@torch.no_grad()
 def needs(summary: Summary) -> None:
     """What ``needs`` declares is enough; labels may be missing."""
     rows = summary.features()
@@ -187,14 +195,15 @@ def needs(summary: Summary) -> None:
     legal(unlabelled)
 
 
+@torch.no_grad()
 def unchanged(summary: Summary) -> None:
     """Features stay as they are, and what was shown stays as it was when more rows come."""
     rows = summary.features()
     before, writes = copied(rows), written(rows)
-    state = summary.state(_split(rows[:120], 40))
+    state = summary.state(_split(rows.taken(slice(120)), 40))
     view = summary.statistic.view(state)
     shown = copied(view)
-    state = summary.statistic.update(state, rows[120:])
+    state = summary.statistic.update(state, rows.taken(slice(120, None)))
     summary.statistic.view(state)
     if where := changed(before, tensors(rows)) or changed(writes, written(rows)):
         raise AssertionError(f"update changes the features it is given, in place: {where}")
@@ -208,17 +217,17 @@ def unchanged(summary: Summary) -> None:
 def saved(summary: Summary) -> None:
     """A state holds what artifacts hold, and goes on where it was when it is loaded."""
     rows = summary.features()
-    state = summary.state([rows[:120]])
+    state = summary.state([rows.taken(slice(120))])
     legal(state)
     with (
         registered(summary.statistic),
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
     ):
-        store = FeatureStore(statistics=[summary.statistic]).update(rows[:120])
+        store = FeatureStore(statistics=[summary.statistic]).update(rows.taken(slice(120)))
         store.save(Path(folder) / "store")
         loaded = FeatureStore.load(Path(folder) / "store")
         for each in (store, loaded):
-            each.update(rows[120:])
+            each.update(rows.taken(slice(120, None)))
         expected, given = ordered(store[summary.statistic]), ordered(loaded[summary.statistic])
     if where := apart(given, expected, summary.tolerance):
         raise AssertionError(f"saved, loaded and updated, it shows something else: {where}")
@@ -269,11 +278,12 @@ def _times(rows: Features, factor: float) -> Features:
         embeddings=None if rows.embeddings is None else rows.embeddings * factor,
         logits=None if rows.logits is None else rows.logits * factor,
         layers={name: value * factor for name, value in rows.layers.items()},
+        inputs=None if rows.inputs is None else rows.inputs * factor,
     )
 
 
 def _split(rows: Features, size: int) -> list[Features]:
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
+    return [rows.taken(slice(i, i + size)) for i in range(0, len(rows), size)]
 
 
 def statistic_checks(

@@ -12,6 +12,7 @@ from oodcore import Features, Paper, Shaper, hookimpl
 from oodcore.errors import ConfigurationError
 from oodcore.features import required
 from oodcore.hookspecs import Register
+from oodcore.space import Choice, spaces
 from oodcore.statistics import State
 
 Percentile = Annotated[float, Field(ge=0, lt=100)]
@@ -44,6 +45,9 @@ class ASH(Shaper):
         "ICLR",
         2023,
         "https://arxiv.org/abs/2209.09858",
+    )
+    search = spaces(
+        percentile=Choice((65.0, 70.0, 75.0, 80.0, 85.0, 90.0, 95.0), "OpenOOD's sweep")
     )
     variant: Literal["p", "b", "s"] = "s"
     percentile: Percentile = 90.0

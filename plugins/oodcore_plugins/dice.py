@@ -11,6 +11,7 @@ from oodcore import Features, FeatureStore, Paper, Shaper, Statistic, hookimpl
 from oodcore.errors import DataError
 from oodcore.features import unit
 from oodcore.hookspecs import Register
+from oodcore.space import Choice, spaces
 from oodcore.statistics import ClassMoments, State
 from oodcore_plugins.react import percentile
 
@@ -35,6 +36,11 @@ class DICE(Shaper):
         "ECCV",
         2022,
         "https://arxiv.org/abs/2111.09805",
+    )
+    search = spaces(
+        percentile=Choice(
+            (10.0, 30.0, 50.0, 70.0, 90.0, 99.0), "around the 90 of the paper's code and OpenOOD"
+        )
     )
     percentile: Annotated[float, Field(ge=0, lt=100)] = 90.0
 

@@ -9,6 +9,7 @@ from oodcore import Features, FeatureStore, Head, Paper, Scorer, Statistic, hook
 from oodcore.errors import DataError
 from oodcore.features import EPS, required, unit
 from oodcore.hookspecs import Register
+from oodcore.space import Choice, spaces
 from oodcore.statistics import ClassMoments, State
 
 PAIRS = 2**22
@@ -38,6 +39,7 @@ class FDBD(Scorer):
         2024,
         "https://arxiv.org/abs/2312.11536",
     )
+    search = spaces(centre=Choice((True, False), "OpenOOD's sweep"))
     centre: bool = True
 
     def needs(self) -> frozenset[str]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from oodcore import Features, Paper, Scorer, hookimpl
 from oodcore.features import required
 from oodcore.hookspecs import Register
+from oodcore.space import Choice, spaces
 from oodcore.statistics import State
 
 
@@ -34,6 +35,10 @@ class GEN(Scorer):
         "CVPR",
         2023,
         "https://openreview.net/forum?id=Sie7oeTABS",
+    )
+    search = spaces(
+        gamma=Choice((0.01, 0.1, 0.5, 1.0), "OpenOOD's sweep, which goes on to 10"),
+        top=Choice((10, 50, 100, 200, 500, 1000), "OpenOOD's sweep"),
     )
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
     top: PositiveInt = 100

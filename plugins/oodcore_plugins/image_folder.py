@@ -2,26 +2,72 @@
 
 from __future__ import annotations
 
+import json
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from pydantic import PositiveInt
+from pydantic import PositiveInt, model_validator
+from pydantic_core import PydanticCustomError
 from torch import Tensor
 from torch.utils.data import Dataset
 
 import oodcore
-from oodcore.component import FilePath
+from oodcore.component import FilePath, Settings
 from oodcore.data import Part, select
 from oodcore.errors import DataError, ExtraError
 from oodcore.images import Colour, coloured, squared
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, TypeError, IndexError, struct.error)
+
+
+class ClassList(Settings):
+    """Names of class folders, read from a JSON file such as a benchmark publishes.
+
+    Args:
+        path: the file.
+        entry: where in it the list of names stands, steps divided by dots:
+            ``known_classes``, ``unknown_classes.Easy``; left out, the file is the list.
+    """
+
+    path: FilePath
+    entry: str | None = None
+
+    def read(self) -> list[str]:
+        """The names, in the order of the file.
+
+        Raises:
+            DataError: a file that is missing or no JSON, an entry that is not there, or something
+                other than different names of folders.
+        """
+        try:
+            found = json.loads(self.path.read_bytes())
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be read: {error.strerror}") from None
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{self.path} is not JSON: {error}") from None
+        way: list[str] = []
+        for step in self.entry.split(".") if self.entry is not None else ():
+            if not isinstance(found, Mapping) or step not in found:
+                there = ", ".join(found) if isinstance(found, Mapping) else "no entries"
+                where = f"{self.path}: {'.'.join(way)}" if way else f"{self.path}"
+                raise DataError(f"{where} has no entry '{step}'; there are: {there:.200}")
+            way.append(step)
+            found = found[step]
+        where = f"{self.path}: {self.entry}" if way else f"{self.path}"
+        if not isinstance(found, list) or not found:
+            raise DataError(f"{where} is no list of names of folders; set entry to where one is")
+        for name in found:
+            if not isinstance(name, str) or not name or name != Path(name).name or name[0] == ".":
+                raise DataError(f"{where} holds {name!r:.80}, which is not the name of a folder")
+        if len(set(found)) != len(found):
+            raise DataError(f"{where} holds a name twice")
+        return found
 
 
 class ImageFolder(oodcore.Source):
@@ -43,13 +89,16 @@ class ImageFolder(oodcore.Source):
         size: makes images squares of this many pixels: the short side is resized (bilinear,
             antialiased) and the middle is cut out. null leaves them, and then all must have one
             size to go in a batch.
+        class_list: the class folders to read and no others, from a JSON file: ``{path, entry}``,
+            such as the lists of the Semantic Shift Benchmark. A label is the name's position there.
         classes: the labels to keep, which become 0, 1, ... in this order; null keeps all rows.
         part: a share of the rows, such as [0, 0.9] to fit on and [0.9, 1] to calibrate on.
         seed: decides which rows are in a part.
 
     Needs Pillow (``pip install pillow``), else ``open`` raises an ExtraError. It raises a
-    DataError for a folder that is missing or without images, a class without images, and symbolic
-    links, which are not followed; reading a row raises one for a damaged file, naming it.
+    DataError for a folder that is missing or without images, a class without images, a class list
+    that cannot be read or names a folder that is not there, and symbolic links, which are not
+    followed; reading a row raises one for a damaged file, naming it.
     """
 
     kind = "image_folder"
@@ -58,15 +107,25 @@ class ImageFolder(oodcore.Source):
     labels: bool = True
     colour: Colour = "rgb"
     size: PositiveInt | None = None
+    class_list: ClassList | None = None
     classes: tuple[int, ...] | None = None
     part: Part | None = None
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _check_list(self) -> ImageFolder:
+        if self.class_list is not None and not self.labels:
+            raise PydanticCustomError(
+                "class_list", "class_list chooses among folders that are classes: set labels: true"
+            )
+        return self
 
     def open(self) -> Dataset[Any]:
         _pillow()
         if not self.path.is_dir():
             raise DataError(f"there is no folder {self.path}")
-        files, labels = _by_class(self.path) if self.labels else _flat(self.path)
+        names = None if self.class_list is None else self.class_list.read()
+        files, labels = _by_class(self.path, names) if self.labels else _flat(self.path)
         rows = _Rows(self.path, files, labels, self.colour, self.size)
         return select(rows, self.classes, labels, part=self.part, seed=self.seed)
 
@@ -133,15 +192,21 @@ def _pixels(path: Path) -> Tensor:
     return channels.float() / 255
 
 
-def _by_class(root: Path) -> tuple[list[str], list[int]]:
+def _by_class(root: Path, listed: list[str] | None) -> tuple[list[str], list[int]]:
     names = [entry.name for entry in _entries(root) if entry.is_dir(follow_symlinks=False)]
     if not names:
         raise DataError(
             f"{root} has no folders, one a class; for images without classes, set labels: false"
         )
+    label_of = {name: label for label, name in enumerate(names if listed is None else listed)}
+    if missing := sorted(label_of.keys() - set(names)):
+        raise DataError(
+            f"{root} has no folder for {len(missing)} of the {len(label_of)} classes in class_list,"
+            f" such as {missing[0]}"
+        )
     files: list[str] = []
     labels: list[int] = []
-    for label, name in enumerate(names):
+    for name, label in sorted(label_of.items()):
         found = [f"{name}/{file}" for file in _below(root / name)]
         if not found:
             raise DataError(f"the class folder {root / name} has no images ({', '.join(SUFFIXES)})")

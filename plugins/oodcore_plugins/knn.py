@@ -11,6 +11,7 @@ from torch import Tensor
 from oodcore import Features, FeatureStore, Index, Paper, Scorer, Statistic, hookimpl
 from oodcore.features import required
 from oodcore.hookspecs import Register
+from oodcore.space import Choice, spaces
 from oodcore.statistics import Bank, State
 
 
@@ -40,6 +41,12 @@ class KNN(Scorer):
         "ICML",
         2022,
         "https://arxiv.org/abs/2204.06507",
+    )
+    search = spaces(
+        k=Choice(
+            (10, 50, 100, 200, 500, 1000),
+            "OpenOOD sweeps 50 to 1000; the paper takes 10 of a small bank",
+        )
     )
     k: PositiveInt = 50
     normalize: bool = True

@@ -9,6 +9,7 @@ from oodcore import Features, FeatureStore, Paper, Scorer, Statistic, hookimpl
 from oodcore.errors import DataError
 from oodcore.features import required, unit
 from oodcore.hookspecs import Register
+from oodcore.space import Choice, spaces
 from oodcore.statistics import ClassMoments, State
 from oodcore_plugins.fdbd import directions
 
@@ -34,6 +35,7 @@ class NCI(Scorer):
         2025,
         "https://arxiv.org/abs/2311.01479",
     )
+    search = spaces(alpha=Choice((1e-4, 1e-3, 1e-2, 1e-1), "OpenOOD's sweep"))
     alpha: NonNegativeFloat = 1e-4
 
     def needs(self) -> frozenset[str]:

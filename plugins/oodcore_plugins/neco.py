@@ -12,6 +12,7 @@ from oodcore import Features, FeatureStore, Paper, Scorer, Statistic, hookimpl
 from oodcore.errors import ConfigurationError
 from oodcore.features import EPS, required
 from oodcore.hookspecs import Register
+from oodcore.space import Range, spaces
 from oodcore.statistics import ClassMoments, State
 
 CONSTANT = 1e-10
@@ -43,6 +44,11 @@ class NECO(Scorer):
         "ICLR",
         2024,
         "https://arxiv.org/abs/2310.06823",
+    )
+    search = spaces(
+        dim=Range(
+            5, 500, "the authors tune it for each network, around the number of classes", log=True
+        )
     )
     dim: PositiveInt | None = None
     max_logit: bool = True

@@ -12,6 +12,7 @@ from oodcore import Features, FeatureStore, Index, Paper, Rows, Scorer, Statisti
 from oodcore.errors import DataError
 from oodcore.features import required, unit
 from oodcore.hookspecs import Register
+from oodcore.space import Choice, spaces
 from oodcore.statistics import Bank, Sample, State
 
 BLOCK = 65536
@@ -43,6 +44,7 @@ class NNGuide(Scorer):
         2023,
         "https://arxiv.org/abs/2309.14888",
     )
+    search = spaces(k=Choice((10, 100), "the authors' code takes 10, OpenOOD 100"))
     k: PositiveInt = 10
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     normalize: bool = True

@@ -13,6 +13,7 @@ from oodcore import Features, FeatureStore, Paper, Shaper, Statistic, hookimpl
 from oodcore.errors import DataError
 from oodcore.features import required
 from oodcore.hookspecs import Register
+from oodcore.space import Choice, spaces
 from oodcore.statistics import Sample, State
 
 
@@ -36,6 +37,7 @@ class ReAct(Shaper):
         2021,
         "https://arxiv.org/abs/2111.12797",
     )
+    search = spaces(percentile=Choice((85.0, 90.0, 95.0, 99.0), "OpenOOD's sweep"))
     percentile: Annotated[float, Field(gt=0, le=100)] = 90.0
     sample: PositiveInt = 50_000
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from oodcore import Features, Paper, Shaper, hookimpl
 from oodcore.features import required
 from oodcore.hookspecs import Register
+from oodcore.space import Choice, spaces
 from oodcore.statistics import State
 from oodcore_plugins.ash import Percentile, growth, largest
 
@@ -29,6 +30,9 @@ class SCALE(Shaper):
         "ICLR",
         2024,
         "https://arxiv.org/abs/2310.00227",
+    )
+    search = spaces(
+        percentile=Choice((65.0, 70.0, 75.0, 80.0, 85.0, 90.0, 95.0), "OpenOOD's sweep")
     )
     percentile: Percentile = 85.0
 

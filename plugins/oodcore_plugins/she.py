@@ -10,6 +10,7 @@ from torch import Tensor
 from oodcore import Features, FeatureStore, Paper, Scorer, Statistic, hookimpl
 from oodcore.features import required, unit
 from oodcore.hookspecs import Register
+from oodcore.space import Choice, spaces
 from oodcore.statistics import ClassMoments, CorrectMeans, State
 
 
@@ -35,6 +36,12 @@ class SHE(Scorer):
         "ICLR",
         2023,
         "https://openreview.net/forum?id=KkazG4lgKL",
+    )
+    search = spaces(
+        metric=Choice(
+            ("inner_product", "euclidean", "cosine"),
+            "the paper takes inner_product; OpenOOD has the others as options",
+        )
     )
     metric: Literal["inner_product", "euclidean", "cosine"] = "inner_product"
 

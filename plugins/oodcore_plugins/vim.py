@@ -14,6 +14,7 @@ from oodcore.errors import ConfigurationError, DataError
 from oodcore.features import required, unit
 from oodcore.hookspecs import Register
 from oodcore.moments import Moments
+from oodcore.space import Choice, spaces
 from oodcore.statistics import ClassMoments, State
 
 Origin = Literal["head", "mean"]
@@ -44,6 +45,9 @@ class Residual(Scorer):
         "arXiv",
         2020,
         "https://arxiv.org/abs/2012.04250",
+    )
+    search = spaces(
+        dim=Choice((None, 256, 512, 1000), "OpenOOD takes 512, and sweeps 256 and 1000 for ViM")
     )
     dim: PositiveInt | None = None
     origin: Origin = "head"
@@ -81,6 +85,11 @@ class ViM(Scorer):
         "CVPR",
         2022,
         "https://arxiv.org/abs/2203.10807",
+    )
+    search = spaces(
+        dim=Choice(
+            (None, 256, 512, 1000), "OpenOOD sweeps 256 and 1000; the authors take 512 or 1000"
+        )
     )
     dim: PositiveInt | None = None
     origin: Origin = "head"

@@ -12,6 +12,7 @@ from torch import Tensor
 from oodcore import Features, FeatureStore, Paper, Shaper, Statistic, hookimpl
 from oodcore.features import required
 from oodcore.hookspecs import Register
+from oodcore.space import Choice, spaces
 from oodcore.statistics import Sample, State
 from oodcore_plugins.react import percentile
 
@@ -45,6 +46,10 @@ class VRA(Shaper):
         "NeurIPS",
         2023,
         "https://arxiv.org/abs/2302.11716",
+    )
+    search = spaces(
+        low=Choice((1.0, 5.0, 10.0, 15.0, 60.0), "OpenOOD's sweep, and the authors' 60"),
+        high=Choice((85.0, 90.0, 95.0, 99.0), "OpenOOD's sweep"),
     )
     low: Percentile = 60.0
     high: Percentile = 95.0

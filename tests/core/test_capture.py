@@ -20,7 +20,7 @@ from toy_models import (
     state,
 )
 
-from oodcore.errors import ConfigurationError
+from oodcore.errors import ConfigurationError, DataError
 from oodcore.extractor import FeatureModel
 from oodcore.preprocess import Preprocess
 
@@ -235,8 +235,9 @@ def test_an_exception_in_the_middle_leaves_nothing_behind():
     model = FeatureModel.wrap(module, layers=["first"])
     module.fail = True
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="in the middle"):
+        with pytest.raises(DataError, match="in the middle") as error:
             model(drawn(5, WIDTH), edit={"second": torch.neg})
+        assert isinstance(error.value.__cause__, RuntimeError)
     assert_untouched(module, before)
     module.fail = False
     assert len(model(drawn(5, WIDTH)).layers) == 1

@@ -506,6 +506,37 @@ def test_fitting_needs_rows(said, tmp_path):
     assert "train: is needed to fit" in only_line(done.err)
 
 
+def test_nothing_is_fitted_where_it_could_not_be_calibrated(said, place, tmp_path, monkeypatch):
+    def never(*arguments, **options):
+        raise AssertionError("fitting began")
+
+    monkeypatch.setattr(oodcore.Detector, "fit", never)
+    text = (place / "detector.yaml").read_text()
+    (tmp_path / "rate.yaml").write_text(f"{text}false_alarm_rate: 0.0001\n")
+    done = said("fit", tmp_path / "rate.yaml", "--out", tmp_path / "artifact")
+    assert done.code == 2
+    assert "a false-alarm rate of 0.0001 needs at least 9999 calibration scores" in done.err
+    assert not (tmp_path / "artifact").exists()
+
+
+def test_a_benchmark_shows_its_protocol(said, place, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = (place / "benchmark.yaml").read_text()
+    (tmp_path / "b.yaml").write_text(f"{text}protocol: {{kind: outlier_exposure, draws: 3, id_per_ood: 6}}\n")
+    done = said("benchmark", tmp_path / "b.yaml", "--out", tmp_path / "b")
+    assert (done.code, done.err) == (0, "")
+    assert "Protocol outlier_exposure: 3 draws (seed 0)" in done.out
+    assert " ± " in done.out
+    assert "protocol outlier_exposure" in said("check", tmp_path / "b.yaml").out
+    text = re.sub(r"^ood:.*?(?=^\w|\Z)", "", text, flags=re.DOTALL | re.MULTILINE)
+    (tmp_path / "s.yaml").write_text(f"{text}protocol: selective\n")
+    done = said("benchmark", tmp_path / "s.yaml", "--out", tmp_path / "s")
+    assert (done.code, done.err) == (0, "")
+    assert "Protocol selective: right predictions against wrong ones" in done.out
+    assert re.search(r"^Best: \w+, AURC \d", done.out, re.MULTILINE)
+    assert Results.load(tmp_path / "s").metrics == ()
+
+
 def test_nothing_is_fitted_where_it_could_not_be_saved(said, place, tmp_path, monkeypatch):
     monkeypatch.setattr(oodcore.Detector, "fit", lambda *_: pytest.fail("it was fitted"))
     (tmp_path / "thesis.tex").write_text("years of work")
@@ -653,7 +684,11 @@ def test_a_benchmark_leaves_results_and_a_report(said, place, tmp_path, monkeypa
     told = json.loads(said("benchmark", place / "benchmark.yaml", "--out", tmp_path, "--json").out)
     assert told["best"] == results.best()
     assert len(told["rows"]) == len(results.rows)
-    assert set(told["rows"][0]) == {"detector", "model", "data", "group", "metric", "value"}
+    assert set(told["rows"][0]) == {
+        *("detector", "model", "data", "group", "metric", "value", "values")
+    }
+    assert told["protocol"]["kind"] == "separation"
+    assert told["repeats"] == []
 
     before = report.read_text()
     report.unlink()

@@ -240,7 +240,9 @@ def test_groups_name_what_is_in_ood():
 def test_a_benchmark_needs_rows_to_evaluate_on():
     assert wrong(BenchmarkConfig, {"scorer": "flat_test"}) == [
         "id_test: is needed",
-        "ood: is needed",
+    ]
+    assert wrong(BenchmarkConfig, {"scorer": "flat_test", "id_test": "few_test"}) == [
+        "ood: is needed: rows that are not in-distribution, by name",
     ]
     assert wrong_benchmark(ood={}) == ["ood: must be a mapping of at least 1 item, not of 0"]
 

@@ -28,9 +28,10 @@ from toy_models import (
     state,
 )
 
-from oodcore import Extractor, Features
+from oodcore import Extractor, Features, Head
+from oodcore.capture import _LOCKS
 from oodcore.errors import ConfigurationError, DataError
-from oodcore.extractor import _LOCKS, FeatureModel
+from oodcore.extractor import FeatureModel
 from oodcore.preprocess import Preprocess
 
 
@@ -92,6 +93,38 @@ class Mapless(nn.Module):
 def test_other_inputs_are_refused(inputs, message):
     with pytest.raises(DataError, match=message):
         FeatureModel.wrap(MLP())(inputs)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "told"),
+    [
+        (
+            drawn(2, 1, 6, 6),
+            r"Convolutions fails on inputs \[2, 1, 6, 6\] \(float32\): Given groups",
+        ),
+        (drawn(2, WIDTH), r"on inputs \[2, 6\] \(float32\).*'preprocess'"),
+        ({"pixels": drawn(2, 3, 6, 6)}, r"on inputs pixels \[2, 3, 6, 6\].*'pixels'"),
+        (["a", "b"], "on inputs 2 texts"),
+    ],
+)
+def test_inputs_that_a_model_fails_on_are_named(inputs, told):
+    module = mixed_modes(seeded(Convolutions()))
+    before = state(module)
+    with pytest.raises(DataError, match=told) as error:
+        FeatureModel.wrap(module)(inputs)
+    assert isinstance(error.value.__cause__, RuntimeError | TypeError)
+    assert_untouched(module, before)
+
+
+def test_what_a_model_inside_a_model_says_goes_through():
+    inner = FeatureModel.wrap(seeded(MLP()))
+
+    class Outer(nn.Module):
+        def forward(self, x):
+            return inner(x, edit={"nowhere": torch.neg}).logits
+
+    with pytest.raises(ConfigurationError, match="no layer 'nowhere'"):
+        FeatureModel.wrap(Outer(), head=None)(drawn(2, WIDTH))
 
 
 def test_preprocessing_of_texts_is_refused():
@@ -224,6 +257,56 @@ def test_fingerprints_of_any_type(dtype):
     module.register_buffer("one", torch.ones((), dtype=dtype))
     module.register_buffer("turned", torch.ones(2, 3, dtype=dtype).T)
     assert FeatureModel.wrap(module).fingerprint() == FeatureModel.wrap(module).fingerprint()
+
+
+def test_fingerprints_cover_a_head_that_was_given():
+    module = nn.Flatten()
+    heads = [
+        Head(torch.ones(3, WIDTH)),
+        Head(torch.zeros(3, WIDTH)),
+        Head(torch.ones(3, WIDTH), torch.ones(3)),
+        Head(torch.ones(3, WIDTH), scale=2.0),
+        Head(torch.ones(3, WIDTH), normalize_features=True),
+    ]
+    models = [FeatureModel.wrap(module, head=head) for head in [*heads, None]]
+    assert len({model.fingerprint() for model in models}) == 6
+    again = FeatureModel.wrap(module, head=Head(torch.ones(3, WIDTH)))
+    assert again.fingerprint() == models[0].fingerprint()
+
+
+def test_identity_is_the_same_for_copies_that_capture_other_layers():
+    module, head = nn.Flatten(), Head(torch.ones(3, WIDTH))
+    models = [
+        FeatureModel.wrap(module, head=head),
+        FeatureModel.wrap(module, head=None),
+        FeatureModel.wrap(module, head=Head(torch.ones(3, WIDTH))),
+        FeatureModel.wrap(nn.Flatten(), head=head),
+        FeatureModel.wrap(module, head=head, preprocess=Preprocess(size=3)),
+    ]
+    assert len({model.identity() for model in models}) == 5
+    assert models[0].with_layers([""]).identity() == models[0].identity()
+    assert FeatureModel.wrap(module, head=head).identity() == models[0].identity()
+
+
+def test_what_a_model_gives():
+    x = drawn(2, WIDTH)
+    for head in ("auto", "fc", None):
+        model = FeatureModel.wrap(MLP(), head=head)
+        features = model(x)
+        given = {n for n in ("embeddings", "logits", "head") if getattr(features, n) is not None}
+        assert model.gives == given
+        assert model.modules == (model.module,)
+        assert model.title == "MLP"
+
+
+def test_prepared_inputs_are_what_rerun_takes():
+    step = Preprocess(size=4, mean=(0.5,) * 3)
+    model = FeatureModel.wrap(seeded(Convolutions()), preprocess=step)
+    x = np.random.default_rng(0).random((2, 3, 6, 6))
+    prepared = model.prepared(x)
+    assert prepared.dtype == torch.float32
+    torch.testing.assert_close(prepared, step(torch.tensor(x)).float())
+    assert torch.equal(model.rerun(prepared).logits, model(x).logits)
 
 
 def test_devices():

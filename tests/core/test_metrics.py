@@ -194,6 +194,36 @@ def test_the_nearest_rule_reads_the_last_threshold_of_the_nearest_recall(a, b, l
 
 @settings(deadline=None)
 @given(any_scores, any_scores)
+def test_auin_and_auout_are_trapezoids_through_the_points(inside, outside):
+    def area(wanted, other):
+        recall, precision = [0.0], [0.0]
+        for t in np.unique(np.r_[wanted, other])[::-1]:
+            hits, alarms = np.sum(wanted >= t), np.sum(other >= t)
+            recall.append(hits / len(wanted))
+            precision.append(hits / (hits + alarms))
+        steps = zip(pairwise(recall), pairwise(precision), strict=True)
+        return sum((r1 - r0) * (p0 + p1) / 2 for (r0, r1), (p0, p1) in steps)
+
+    assert metrics.auin(inside, outside) == pytest.approx(area(inside, outside), abs=1e-12)
+    assert metrics.auout(inside, outside) == pytest.approx(area(-outside, -inside), abs=1e-12)
+    assert metrics.auout(inside, outside) == metrics.auin(-outside, -inside)
+
+
+def test_auin_of_a_perfect_detector_misses_half_of_the_first_row():
+    assert metrics.auin(np.arange(1, 11), np.zeros(7)) == pytest.approx(1 - 1 / 20)
+
+
+def test_every_reading_has_a_title_and_every_metric_a_range():
+    assert set(metrics.READINGS) < set(metrics.METRICS)
+    points = metrics.curve([3.0, 2.0, 2.0], [2.0, 1.0])
+    assert all(0 <= read(points) <= 1 for read in metrics.READINGS.values())
+    nearest = metrics.fpr_at_tpr([3.0, 2.0, 2.0], [2.0, 1.0], 0.9, "ood", "nearest")
+    assert metrics.READINGS["fpr90_ood_nearest"](points) == nearest == pytest.approx(2 / 3)
+    assert metrics.READINGS["dterr"](points) == metrics.detection_error([3, 2, 2], [2, 1], "counts")
+
+
+@settings(deadline=None)
+@given(any_scores, any_scores)
 def test_detection_error_is_the_best_threshold(inside, outside):
     cuts = [-np.inf, *np.r_[inside, outside]]
     missed = np.array([np.sum(inside <= t) for t in cuts])

@@ -40,7 +40,7 @@ def _scores():
 def _results(scores):
     return Results.from_scores(
         [
-            Entry("weak", "one", {"scorer": {"kind": "msp"}, "shapers": ()}, "A paper", 0.5, 1),
+            Entry("weak", "one", {"scorer": {"kind": "msp"}, "shapers": ()}, "A paper", 0.5),
             Entry("strong", "two"),
             Entry("[bold]|odd", "one"),
         ],
@@ -137,10 +137,12 @@ def test_saved_results_read_back_equal(results, tmp_path):
     assert sorted(file.name for file in folder.iterdir()) == ["results.csv", "results.json"]
     assert Results.load(folder) == results
     content = json.loads((folder / "results.json").read_text())
-    assert content["schema"] == 1
-    assert content["conventions"] == {name: metric.meaning for name, metric in METRICS.items()}
+    assert content["schema"] == 2
+    measured = {row.metric for row in results.rows}
+    assert content["conventions"] == {name: METRICS[name].meaning for name in measured}
     lines = list(csv.DictReader(io.StringIO((folder / "results.csv").read_text())))
-    assert list(lines[0]) == ["detector", "model", "data", "group", "metric", "value"]
+    assert list(lines[0]) == ["detector", "model", "data", "group", "metric", "value", "sd"]
+    assert {line.pop("sd") for line in lines} == {""}
     assert [Row(**{**line, "value": float(line["value"])}) for line in lines] == list(results.rows)
     results.save(folder)
     assert len(list(folder.iterdir())) == 2
@@ -196,7 +198,7 @@ def first_row(**values):
         (lambda text: "{}", "no schema number"),
         (damaged(lambda c: c.update(schema="1")), "no schema number"),
         (damaged(lambda c: c.update(schema=True)), "no schema number"),
-        (damaged(lambda c: c.update(schema=2)), "schema 2 and this oodcore reads schema 1"),
+        (damaged(lambda c: c.update(schema=3)), "schema 3 and this oodcore reads schema 2"),
         (damaged(lambda c: c.pop("rows")), "rows"),
         (damaged(lambda c: c.update(extra=1)), "extra"),
         (damaged(lambda c: c.update(entries=[])), "at least one detector"),
@@ -204,7 +206,7 @@ def first_row(**values):
         (damaged(lambda c: c["data"].append(c["data"][1])), "the same name"),
         (damaged(lambda c: c["data"].reverse()), "first data set"),
         (damaged(lambda c: c["entries"][0].update(name="a\nb")), "cannot name a detector"),
-        (damaged(lambda c: c["entries"][0].update(seconds_fit="1")), "seconds_fit"),
+        (damaged(lambda c: c["entries"][0].update(seconds="1")), "seconds"),
         (damaged(lambda c: c["rows"].append(c["rows"][0])), "given twice"),
         (damaged(lambda c: c["figures"].pop("weak")), "figures do not match"),
         (damaged(lambda c: c["figures"]["weak"]["counts"].pop("far")), "histograms of weak"),

@@ -58,6 +58,29 @@ EXAMPLES: Mapping[tuple[str, str], tuple[Example, ...]] = {
         fields(scorer="mahalanobis", epsilon=0.01),
         fields(scorer={"kind": "sum", "scorers": ["msp", "energy"], "normalize": "zscore"}),
     ),
+    ("scorer", "odin"): (fields(), fields(scale=[0.5] * 12)),
+    ("scorer", "iodin"): (fields(), fields(coordinates=3, epsilon=0.1)),
+    ("scorer", "input_gradient"): (
+        Example(options={"floor": None}),
+        Example({"scorer": "msp"}, {"floor": None}),
+    ),
+    ("scorer", "views"): (
+        fields(scorer="msp"),
+        fields(scorer={"kind": "knn", "k": 3}, views="five_crop", crop=1),
+        fields(scorer="energy", views="ten_crop", crop=1, resize=False),
+    ),
+    ("scorer", "mcm"): (fields(), fields(temperature=0.01)),
+    ("scorer", "sklearn"): (
+        fields(),
+        fields(estimator="LocalOutlierFactor", rows=100),
+        fields(estimator="GaussianMixture", arguments={"n_components": 4}),
+        fields(estimator="OneClassSVM", arguments={"nu": 0.1}, rows=None),
+    ),
+    ("scorer", "trust_score"): (
+        fields(),
+        fields(alpha=0.1, k=3, neighbour=2),
+    ),
+    ("scorer", "weiper"): (fields(), fields(repeats=3, bins=10, smoothing=1, seed=1)),
     ("scorer", "sum"): (
         fields(scorers=["msp", "energy"]),
         fields(scorers=["msp", "energy"], normalize="mean", weights=[0.5, 2]),
@@ -116,8 +139,58 @@ EXAMPLES: Mapping[tuple[str, str], tuple[Example, ...]] = {
     ("scorer", "fisher"): (fields(scorers=["mahalanobis", "energy"]),),
     ("scorer", "stouffer"): (fields(scorers=["mahalanobis", "energy"], weights=[0.5, 2]),),
     ("scorer", "simes"): (fields(scorers=["mahalanobis", "energy"]),),
+    ("scorer", "at_layer"): (
+        fields(layer="block.1"),
+        fields(layer="last", scorer={"kind": "knn", "k": 3}, pool="flatten"),
+        fields(layer="last", scorer={"kind": "sum", "scorers": ["mahalanobis", "knn"]}),
+    ),
+    ("scorer", "multilayer"): (
+        fields(layers=["block.1", "last"]),
+        fields(
+            layers=["block.1", "last"],
+            scorer="knn",
+            pool="max",
+            combination={"kind": "minimum", "normalize": "zscore", "weights": [1, 2]},
+        ),
+        fields(layers=["last"], scorer="relation", combination="fisher"),
+    ),
+    ("shaper", "adascale"): (
+        Example(options={"floor": None}),
+        Example({"variant": "l", "perturbation": {"k1": 50, "k2": 30}}, {"floor": None}),
+    ),
+    ("scorer", "nac"): (
+        fields(),
+        fields(layers=[{"layer": "stage", "bins": 20, "alpha": 1, "saturation": 0.1}, {}]),
+    ),
+    ("statistic", "neuron_states"): (
+        fields(),
+        fields(layers=[{"layer": "stage", "bins": 20, "alpha": 1}, {"alpha": 1}]),
+    ),
+    ("scorer", "gram"): (fields(), fields(layers=["block.1", "last"], powers=[1, 2, 3])),
+    ("statistic", "gram_ranges"): (fields(), fields(layers=["block.1"], powers=[1, 4])),
+    ("scorer", "rankfeat"): (
+        Example({"layers": ["stage"]}, {"floor": None}),
+        Example({"layers": ["stage"], "temperature": 2}, {"floor": None}),
+    ),
     ("scorer", "relation"): (fields(), fields(power=4)),
     ("scorer", "ssd"): (fields(), fields(clusters=3)),
+    ("scorer", "gmm"): (fields(), fields(shared=True, prior="uniform", unbiased=False)),
+    ("scorer", "igeood"): (fields(), fields(temperature=5, reduce="min")),
+    ("scorer", "cfood"): (fields(), fields(fraction=1, k=0.1)),
+    ("scorer", "feature_norm"): (
+        Example({"blocks": ["block.1"]}, {"floor": 0.7}),
+        Example({"blocks": ["early", "block.1"], "pieces": 2}, {"floor": 0.65}),
+    ),
+    ("scorer", "cop"): (fields(), fields(explained=0.5)),
+    ("scorer", "corp"): (fields(dims=40), fields(dims=64, gamma=0.5, explained=0.9)),
+    ("scorer", "cadref"): (
+        fields(),
+        fields(confidence="max_logit"),
+        fields(confidence="msp"),
+        fields(confidence="gen"),
+    ),
+    ("statistic", "fourier_moments"): (fields(dims=8), fields(dims=5, gamma=0.5, seed=3)),
+    ("statistic", "mean_confidence"): (fields(), fields(confidence="gen")),
     ("statistic", "sample"): (
         fields(capacity=20),
         fields(capacity=5, per_class=True),

@@ -79,8 +79,10 @@ def test_hidden_files_and_other_files_are_left_out(root: Path) -> None:
 
 def test_without_labels_every_image_below_is_a_row(root: Path) -> None:
     put(root / "a.png", pixels(6, 5, 3, seed=9))
-    batch = next(iter(Stream(ImageFolder(path=root, labels=False))))
-    assert batch.labels.tolist() == [-1] * 6
+    source = ImageFolder(path=root, labels=False)
+    assert [label for _, label, _ in source.open()] == [-1] * 6
+    batch = next(iter(Stream(source)))
+    assert batch.labels is None
     names = [*ORDER[:2], "a/x.png", "a.png", *ORDER[3:]]
     for image, name in zip(batch.inputs, names, strict=True):
         stored = torch.from_numpy(np.array(Image.open(root / name)))
@@ -223,3 +225,57 @@ def test_fields_are_checked(tmp_path: Path) -> None:
     for fields in ({"size": 0}, {"colour": "sepia"}, {"labels": 1}, {"classes": "ab"}):
         with pytest.raises(ValidationError):
             ImageFolder(**{"path": tmp_path, **fields})
+
+
+def test_a_class_list_chooses_folders_and_numbers_them(root: Path) -> None:
+    path = root.parent / "splits.json"
+    path.write_text('{"known_classes": ["b"], "unknown_classes": {"Easy": ["b", "a"], "Hard": []}}')
+    (root / "not_listed").mkdir()
+    every = list(ImageFolder(path=root, class_list={"path": path, "entry": "known_classes"}).open())
+    assert {label for _, label, _ in every} == {0}
+    easy = {"path": str(path), "entry": "unknown_classes.Easy"}
+    both = list(ImageFolder(path=root, class_list=easy).open())
+    (root / "not_listed").rmdir()
+    plain = [row for row in ImageFolder(path=root).open() if row[1] in (1, 2)]
+    assert [(label, number) for _, label, number in both] == [(1, 0), (0, 1), (0, 2)]
+    assert [2 - label for _, label, _ in plain] == [1, 0, 0]
+    assert all(torch.equal(one[0], other[0]) for one, other in zip(both, plain, strict=True))
+    chosen = list(ImageFolder(path=root, class_list=easy, classes=[1]).open())
+    assert len(chosen) == 1
+    assert torch.equal(chosen[0][0], plain[0][0])
+    path.write_text('["a"]')
+    assert len(ImageFolder(path=root, class_list={"path": path}).open()) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "entry", "message"),
+    [
+        ("{", None, "is not JSON"),
+        ("[" * 100_000, None, "is not JSON"),
+        ('{"known": ["a"]}', "knwon", "has no entry 'knwon'; there are: known"),
+        ('{"x": {"y": ["a"]}}', "x.z", "x has no entry 'z'; there are: y"),
+        ('{"x": ["a"]}', "x.z", "x has no entry 'z'; there are: no entries"),
+        ('{"x": {"y": ["a"]}}', "x", "x is no list of names"),
+        ("[]", None, "is no list of names"),
+        ('["../a"]', None, "holds '../a', which is not the name of a folder"),
+        ('["/a"]', None, "which is not the name of a folder"),
+        ('[".a"]', None, "which is not the name of a folder"),
+        ("[3]", None, "holds 3, which is not"),
+        ('["a", "a"]', None, "holds a name twice"),
+        ('["a", "c", "d"]', None, "no folder for 2 of the 3 classes in class_list, such as c"),
+    ],
+)
+def test_a_class_list_that_does_not_fit_says_why(
+    root: Path, text: str, entry: str | None, message: str
+) -> None:
+    path = root.parent / "list.json"
+    path.write_text(text)
+    with pytest.raises(DataError, match=message):
+        ImageFolder(path=root, class_list={"path": path, "entry": entry}).open()
+
+
+def test_a_class_list_goes_with_labels(root: Path) -> None:
+    with pytest.raises(DataError, match="nowhere.json cannot be read: No such file"):
+        ImageFolder(path=root, class_list={"path": "nowhere.json"}).open()
+    with pytest.raises(ValueError, match="set labels: true"):
+        ImageFolder(path=root, labels=False, class_list={"path": "nowhere.json"})

@@ -68,3 +68,17 @@ def test_what_is_refused():
             registry.build("scorer", {"kind": "odin", field: -1})
     with pytest.raises(DataError, match="needs a model and its inputs"):
         Detector(scorer="odin").score(X)
+
+
+def test_odin_divides_its_step_by_the_scale_as_perturbed_does():
+    scale = [0.25, 1.0, 2.0, 4.0]
+    odin = {"kind": "odin", "epsilon": 0.2, "temperature": 10, "scale": scale}
+    scores = Detector(Linear(WEIGHT), scorer=odin).score(X)
+    steps = (moved(10.0, 0.2) - X.numpy()) / np.array(scale)
+    wanted = softmax((X.numpy() + steps) @ WEIGHT.numpy().T / 10).max(axis=1)
+    np.testing.assert_allclose(scores, wanted, rtol=1e-12)
+    ones = {**odin, "scale": [1.0] * 4}
+    bare = {**odin, "scale": None}
+    np.testing.assert_array_equal(
+        *(Detector(Linear(WEIGHT), scorer=s).score(X) for s in (ones, bare))
+    )

@@ -8,7 +8,7 @@ import torch
 from linear_network import WEIGHT, Linear, X, softmax
 
 from oodcore import Detector
-from oodcore.errors import ConfigurationError
+from oodcore.errors import ConfigurationError, DataError
 from oodcore.plugins import registry
 
 
@@ -79,3 +79,85 @@ def test_what_is_refused():
             registry.build("scorer", {"kind": "perturbed", "scorer": inner})
     with pytest.raises(ConfigurationError, match="epsilon"):
         registry.build("scorer", {"kind": "perturbed", "scorer": "msp", "epsilon": -1})
+
+
+def in_channels(rows: torch.Tensor) -> torch.Tensor:
+    """Rows of four numbers as images of two channels and two places."""
+    return rows.reshape(-1, 2, 2, 1)
+
+
+class Flattened(torch.nn.Module):
+    """A linear network of images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = Linear(WEIGHT)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.linear(inputs.flatten(1))
+        return logits
+
+
+@pytest.mark.parametrize("inner", ["energy", "msp"])
+def test_scale_divides_the_step_in_each_channel(inner):
+    scale = (0.5, 4.0)
+    scorer = {"kind": "perturbed", "scorer": inner, "epsilon": 0.1, "scale": scale}
+    scores = Detector(Flattened(), scorer=scorer).score(in_channels(X))
+    leaf = X.clone().requires_grad_()
+    logits = leaf @ WEIGHT.T
+    total = logits.logsumexp(1) if inner == "energy" else logits.softmax(1).amax(1)
+    (gradient,) = torch.autograd.grad(total.sum(), leaf)
+    moved = X + 0.1 * gradient.sign() / torch.tensor([0.5, 0.5, 4.0, 4.0])
+    np.testing.assert_allclose(
+        scores, Detector(Linear(WEIGHT), scorer=inner).score(moved), rtol=1e-12
+    )
+
+
+def test_scale_is_what_the_preprocessing_divides_by():
+    """A step in pixels is the same whether the network or the preprocessing normalises."""
+    mean, std = torch.tensor([0.4, 0.6]), torch.tensor([0.2, 0.5])
+    images = torch.rand(9, 2, 2, 1, generator=torch.Generator().manual_seed(2)).double()
+
+    class Normalising(Flattened):
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return super().forward((inputs - mean[:, None, None]) / std[:, None, None])
+
+    plain = {"kind": "perturbed", "scorer": "energy", "epsilon": 0.03}
+    scaled = {**plain, "scale": std.tolist()}
+    inside = Detector(Normalising(), scorer=plain).score(images)
+    normal = (images - mean[:, None, None]) / std[:, None, None]
+    np.testing.assert_allclose(
+        Detector(Flattened(), scorer=scaled).score(normal), inside, rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("kind", ["perturbed", "odin", "iodin"])
+@pytest.mark.parametrize("epsilon", [0.0, 0.1])
+def test_a_scale_of_other_channels_is_refused(kind, epsilon):
+    scorer = {"kind": kind, "scale": [1.0, 1.0, 1.0], "epsilon": epsilon}
+    if kind == "perturbed":
+        scorer["scorer"] = "msp"
+    with pytest.raises(DataError, match=r"scale has 3 numbers.*\[20, 2, 2, 1\].*each channel"):
+        Detector(Flattened(), scorer=scorer).score(in_channels(X))
+
+
+@pytest.mark.parametrize("scale", [[], [0.0], [1, -1], ["1"], 0.5])
+def test_what_is_no_scale_is_refused(scale):
+    with pytest.raises(ConfigurationError, match="scale"):
+        registry.build("scorer", {"kind": "odin", "scale": scale})
+
+
+def test_inputs_that_cannot_be_moved_are_refused():
+    class Embedding(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.nn.Embedding.from_pretrained(torch.eye(4))
+            self.head = torch.nn.Linear(4, 3)
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.head(self.table(inputs))
+            return logits
+
+    for scorer in ("odin", "iodin", "input_gradient"):
+        with pytest.raises(DataError, match="one tensor of floating numbers"):
+            Detector(Embedding(), scorer=scorer).score(torch.tensor([0, 1]))

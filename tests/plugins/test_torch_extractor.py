@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import types
 
 import pytest
 import torch
@@ -147,3 +148,39 @@ def test_what_is_wrong_is_said(written, change, message):
 def test_a_field_that_makes_no_sense_is_refused(written, change):
     with pytest.raises(ValidationError):
         TorchExtractor.model_validate(written[0] | change)
+
+
+class Pooled(torch.nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 8, 4, stride=4)
+        self.head = torch.nn.Linear(8, classes)
+
+    def forward(self, images):
+        return self.head(self.stem(images).mean((2, 3)))
+
+
+def test_models_of_timm_need_no_kind_of_their_own(monkeypatch):
+    calls = []
+
+    def create_model(model_name, pretrained=False, checkpoint_path=None, drop_rate=0.0, **kwargs):
+        calls.append((model_name, pretrained, checkpoint_path, drop_rate, kwargs))
+        return Pooled(kwargs["num_classes"])
+
+    timm = types.ModuleType("timm")
+    timm.create_model = create_model
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    arguments = {"model_name": "vit_tiny", "num_classes": 7, "drop_rate": 0.1, "img_size": [32, 32]}
+    extractor = TorchExtractor.model_validate(
+        {
+            "factory": "timm:create_model",
+            "arguments": arguments,
+            "preprocess": {"size": 32, "mean": [0.5] * 3, "std": [0.5] * 3},
+        }
+    )
+    images = torch.rand(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    features = extractor.load()(images)
+    assert features.logits.shape == (2, 7)
+    torch.testing.assert_close(features.head(features.embeddings), features.logits)
+    further = {"num_classes": 7, "img_size": (32, 32)}
+    assert calls == [("vit_tiny", False, None, 0.1, further)]

@@ -1,0 +1,1 @@
+"""What pytorch-ood imports from ``torchvision.models``."""

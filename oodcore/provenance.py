@@ -1,0 +1,81 @@
+"""What is recorded of a study: its components, models and data, as configurations write them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from oodcore.component import Component
+from oodcore.data import Source, Stream
+from oodcore.detector import Detector
+from oodcore.extractor import FeatureModel
+from oodcore.plugins import registry
+
+if TYPE_CHECKING:
+    from oodcore.evaluation import Study
+
+
+def taking_part(study: Study, detectors: Iterable[Detector]) -> list[Component]:
+    """The components of a study: methods, extractors and sources."""
+    parts: list[Component] = []
+    for detector in detectors:
+        parts += [*detector.shapers, detector.scorer]
+        parts += [detector.extractor] if detector.extractor is not None else []
+    rows = [study.train, study.held_out, study.calibrate, study.id_test, *study.ood.values()]
+    for data in rows:
+        if isinstance(data, str) or (isinstance(data, Mapping) and "kind" in data):
+            data = registry.build("source", data)
+        if isinstance(data, Source):
+            parts.append(data)
+    return parts
+
+
+def described(detector: Detector) -> dict[str, Any]:
+    """A detector's shapers and scorer, in plain JSON values."""
+    return {
+        "shapers": [shaper.dump() for shaper in detector.shapers],
+        "scorer": detector.scorer.dump(),
+    }
+
+
+def cited(detector: Detector) -> str | None:
+    """The papers behind a detector."""
+    papers = [part.paper for part in (*detector.shapers, detector.scorer) if part.paper]
+    return " ".join(str(paper) for paper in dict.fromkeys(papers)) or None
+
+
+def configuration(study: Study, left_out: Mapping[str, str]) -> dict[str, Any]:
+    """What a study was asked for, and what was left out of it with the reason."""
+    one = {"train": study.train, "held_out": study.held_out, "calibrate": study.calibrate}
+    about_reading = ("adapt", "cache")
+    options = {name: value for name, value in study.options.items() if name not in about_reading}
+    return {
+        "models": {name or "model": _shown(model) for name, model in study.models.items()},
+        **{name: _shown(rows) for name, rows in one.items() if rows is not None},
+        "id_test": _shown(study.id_test),
+        "ood": {name: _shown(rows) for name, rows in study.ood.items()},
+        "groups": {group: list(names) for group, names in study.groups.items()},
+        "left_out": dict(left_out),
+        **options,
+    }
+
+
+def _shown(thing: Any) -> Any:
+    """A component as its configuration, anything else as what it is and how large."""
+    if isinstance(thing, Component):
+        return thing.dump()
+    if isinstance(thing, Mapping) and "kind" not in thing:
+        return {str(name): _shown(part) for name, part in thing.items()}
+    if thing is None or isinstance(thing, str | Mapping):
+        return thing
+    if isinstance(thing, FeatureModel):
+        return {"module": thing.title, "fingerprint": thing.fingerprint()}
+    if isinstance(thing, nn.Module):
+        return _shown(FeatureModel.wrap(thing))
+    try:
+        rows = Stream(thing).rows
+    except (TypeError, ValueError):
+        rows = None
+    return {"type": type(thing).__name__, **({} if rows is None else {"rows": rows})}
