@@ -351,7 +351,8 @@ def _unusable(detector: Detector, train: Any) -> str | None:
     elif isinstance(train, Features):
         missing = missing_fields(needs - {"inputs"}, train)
     elif detector.extractor is None and detector.model is not None:
-        missing = sorted(needs & {"embeddings", "head", "logits"} - detector.model.gives)
+        known = {"embeddings", "head", "inputs", "logits"}
+        missing = sorted(needs & known - detector.model.gives)
     return f"needs {', '.join(missing)}" if missing else None
 
 

@@ -183,7 +183,8 @@ class FeatureModel(ABC):
     @property
     @abstractmethod
     def gives(self) -> frozenset[str]:
-        """Which of embeddings, logits and head its features have."""
+        """Which of embeddings, logits and head its features have; "inputs" where gradients reach
+        them."""
 
     @property
     @abstractmethod

@@ -194,29 +194,54 @@ class Rows:
 
     def _settle(self) -> None:
         """Make one segment of those in memory that follow one another: few are read fast."""
-        if len(self._segments) > 1:
+        if len(self._segments) > 1 and len(self._segments) > len(self._runs()):
             self._gather(_in_memory)
 
-    def _gather(self, together: Callable[[list[Tensor]], _Segment]) -> None:
+    def _runs(self) -> list[list[_Segment]]:
+        """The segments, those together that can become one."""
+        runs: list[list[_Segment]] = []
+        kinds = groupby(self._segments, key=lambda segment: (segment.loose, segment.values.dtype))
+        for (loose, _), run in kinds:
+            runs += [list(run)] if loose else [[segment] for segment in run]
+        return runs
+
+    def _gather(self, together: Callable[[list[_Segment]], _Segment]) -> None:
         """Replace runs of loose segments of one type by one segment each."""
         gathered: list[_Segment] = []
-        runs = groupby(self._segments, key=lambda segment: (segment.loose, segment.values.dtype))
-        for (loose, _), run in runs:
-            gathered += [together([segment.values for segment in run])] if loose else run
-        self._segments = gathered
+        waiting = self._runs()[::-1]
+        self._segments = []
+        try:
+            while waiting:
+                if waiting[-1][0].loose:
+                    gathered.append(together(waiting[-1]))
+                else:
+                    gathered += waiting[-1]
+                waiting.pop()
+        finally:
+            self._segments = gathered + [segment for run in waiting[::-1] for segment in run]
 
 
-def _in_memory(parts: list[Tensor]) -> _Segment:
-    return _Segment(parts[0] if len(parts) == 1 else torch.cat(parts), loose=True)
+def _in_memory(parts: list[_Segment]) -> _Segment:
+    """The parts in one tensor; each goes as it is copied, so that rows are hardly there twice."""
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0].values
+    whole = first.new_empty((sum(len(part.values) for part in parts), *first.shape[1:]))
+    last = len(whole)
+    while parts:
+        values = parts.pop().values
+        whole[last - len(values) : last] = values
+        last -= len(values)
+    return _Segment(whole, loose=True)
 
 
-def _in_a_file(parts: list[Tensor]) -> _Segment:
+def _in_a_file(parts: list[_Segment]) -> _Segment:
     """The parts in a temporary file, which nobody else can name and the mapping alone keeps."""
-    first = parts[0].numpy()
-    shape = (sum(len(part) for part in parts), *first.shape[1:])
+    first = parts[0].values.numpy()
+    shape = (sum(len(part.values) for part in parts), *first.shape[1:])
     with tempfile.TemporaryFile(prefix="oodcore-") as file:
         for part in parts:
-            part.numpy().tofile(file)
+            part.values.numpy().tofile(file)
         file.flush()
         array = np.memmap(file, dtype=first.dtype, mode="r+", shape=shape)
     return _Segment(torch.from_numpy(array), loose=False)
@@ -388,8 +413,8 @@ class Index:
 
     def _row_norms(self) -> Tensor:
         if self._norms is None:
-            blocks = [b.double().norm(dim=1).clamp_min(EPS) for b in self.rows.blocks()]
-            self._norms = torch.cat(blocks)
+            norms = [b.double().norm(dim=1).clamp_min(EPS) for b in self.rows.blocks(4096)]
+            self._norms = torch.cat(norms)
         return self._norms
 
     def _proposed(self, device: torch.device) -> Proposer:

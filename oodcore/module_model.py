@@ -82,8 +82,8 @@ class ModuleModel(FeatureModel):
     @property
     def gives(self) -> frozenset[str]:
         if self.head is None:
-            return frozenset({"embeddings"})
-        return frozenset({"embeddings", "logits", "head"})
+            return frozenset({"embeddings", "inputs"})
+        return frozenset({"embeddings", "logits", "head", "inputs"})
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:

@@ -10,9 +10,19 @@ from torch import Tensor
 from oodcore.features import Features, required
 from oodcore.statistic import Shape, State, Statistic, assigned
 
+STRIPE = 128
+"""Lines of a symmetric product that are computed together, from the diagonal on."""
+
 
 def _sums(rows: Tensor, classes: Tensor, count: int) -> Tensor:
     return rows.new_zeros((count, *rows.shape[1:])).index_add_(0, classes, rows)
+
+
+def _add_products(scatter: Tensor, rows: Tensor) -> None:
+    """Add ``rows.T @ rows`` to a matrix, of which what is below the diagonal does not count."""
+    for first in range(0, len(scatter), STRIPE):
+        stripe = rows[:, first : first + STRIPE]
+        scatter[first : first + STRIPE, first:].addmm_(stripe.T, rows[:, first:])
 
 
 @dataclass(frozen=True)
@@ -81,7 +91,7 @@ class ClassMoments(Statistic):
         share = count / (before + count)
         shift = mean - state["mean"][present]
         inside = torch.cat([rows - mean[place], shift * (before * share).sqrt()[:, None]])
-        state["scatter"].addmm_(inside.T, inside)
+        _add_products(state["scatter"], inside)
         state["mean"].index_add_(0, present, shift * share[:, None])
         state["count"].index_add_(0, present, count)
         return state
@@ -99,7 +109,9 @@ class ClassMoments(Statistic):
         }
 
     def view(self, state: State) -> Moments:
-        return Moments(*(state[name].clone() for name in ("count", "mean", "scatter")))
+        upper = state["scatter"].triu()
+        scatter = upper + upper.triu(diagonal=1).T
+        return Moments(state["count"].clone(), state["mean"].clone(), scatter)
 
 
 @dataclass(frozen=True)

@@ -237,7 +237,7 @@ class Choice:
         self, core: CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
         alone = [kind for kind, cls in KINDS.items() if not _required(cls)]
-        return {"anyOf": [{"enum": alone}, handler(core)]}
+        return {"anyOf": [{"enum": alone}, {**handler(core), "required": ["kind"]}]}
 
 
 Chosen = Annotated[Known, Field(discriminator="kind"), Choice()]

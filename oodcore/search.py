@@ -29,6 +29,9 @@ MORE = 256
 BLOCK = 2**16
 """Rows that a product takes at once."""
 
+STEP = 2**12
+"""Rows that are centred and scaled at once: their float64 copies are small beside the index."""
+
 LARGEST_SIZE = 4096
 """Up to which sizes in a factory string need not be compared with the number of rows."""
 
@@ -138,14 +141,15 @@ class Proposer:
         rows = self.index.rows
         centre = torch.zeros(rows.shape, dtype=torch.float64)
         if self.index.metric == "l2":
-            for block in rows.blocks():
+            for block in rows.blocks(STEP):
                 centre += self.index.vectors(block).sum(0) / len(rows)
         longest = [
-            float((self.index.vectors(block) - centre).norm(dim=1).max()) for block in rows.blocks()
+            float((self.index.vectors(block) - centre).norm(dim=1).max())
+            for block in rows.blocks(STEP)
         ]
         return centre, max(longest, default=0.0)
 
-    def _blocks(self, size: int = BLOCK) -> Iterator[Tensor]:
+    def _blocks(self, size: int = STEP) -> Iterator[Tensor]:
         """The rows, centred and scaled."""
         for block in self.index.rows.blocks(size):
             yield (self.index.vectors(block) - self.centre) * self.scale
@@ -170,6 +174,10 @@ class Proposer:
             engine = faiss.index_cpu_to_gpu(
                 faiss.StandardGpuResources(), self.device.index or 0, engine
             )
+        elif self.flat:
+            # Room for all rows, or else adding them block by block would copy those before.
+            engine.codes.resize(4 * len(index) * index.rows.shape[0])
+            engine.codes.resize(0)
         try:
             if not engine.is_trained:
                 engine.train(torch.cat([block.float() for block in self._blocks()]).numpy())

@@ -7,7 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -135,6 +135,9 @@ class Trials:
             "id": _shown(rows.validation),
             "ood": {name: _shown(each) for name, each in rows.ood.items()},
         }
+        if tuning.ood is None and self._base.adapt is not None:
+            ood = {name: _unadapted(source, self._base) for name, source in rows.ood.items()}
+            rows = replace(rows, ood=ood)
         self._rows = rows.each(self._repeatable if self._again else self._seen)
         self.first_error: OodcoreError | None = None
 
@@ -243,10 +246,10 @@ def _divided(tuning: Tuning, base: Detector) -> _Rows:
     return _Rows(train, held_out, validation, ood)
 
 
-def _unadapted(source: Source, base: Detector) -> Any:
-    """The rows of a source of ours, where ``adapt`` is made for those of the caller."""
-    options = {"batch_size": base.batch_size, "num_workers": base.num_workers}
-    return source if base.adapt is None else _Again(lambda: iter(Stream(source, **options)))
+def _unadapted(source: Any, base: Detector) -> _Again:
+    """The batches of a source that is not the caller's, and so no matter for ``adapt``."""
+    size, workers = base.batch_size, base.num_workers
+    return _Again(lambda: iter(Stream(source, batch_size=size, num_workers=workers)))
 
 
 def _noise(validation: Any, tuning: Tuning, base: Detector) -> Any:

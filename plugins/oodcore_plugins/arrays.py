@@ -113,6 +113,7 @@ class StoredFeatures(FeatureModel):
                 ("embeddings", self.embeddings is not None),
                 ("logits", self.logits is not None or self.head is not None),
                 ("head", self.head is not None),
+                ("inputs", True),
             )
             if there
         )

@@ -56,9 +56,10 @@ class AveragedModels(Composite):
 
     @property
     def gives(self) -> frozenset[str]:
-        if self.of == "logits" and all("head" in part.gives for part in self.parts):
-            return frozenset({"embeddings", "logits", "head"})
-        return frozenset({"logits"})
+        common = frozenset.intersection(*(part.gives for part in self.parts))
+        if self.of == "logits" and "head" in common:
+            return common
+        return common & {"logits", "inputs"}
 
     def _capture(self) -> None:
         wanted = self._by_part(dict.fromkeys(self.layers))

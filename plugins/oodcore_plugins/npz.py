@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +35,8 @@ class Npz(oodcore.Source):
 
     Args:
         path: of the archive.
-        inputs: name of the array of inputs, ``[N, ...]``.
+        inputs: name of the array of inputs, ``[N, ...]``; or a list of names, and an input is a
+            mapping of these to plain numbers, as stored embeddings and logits are.
         labels: name of the array of labels, integers ``[N]``; null where there are none, and every
             label is -1.
         layout: what an input is: "hw" a grey image, "hwc" and "chw" an image of one or three
@@ -60,7 +61,7 @@ class Npz(oodcore.Source):
     kind = "npz"
 
     path: FilePath
-    inputs: str = "x"
+    inputs: str | tuple[str, ...] = "x"
     labels: str | None = "y"
     layout: Literal["auto", "hw", "hwc", "chw", "plain"] = "auto"
     scale: PositiveFloat | None = None
@@ -72,24 +73,43 @@ class Npz(oodcore.Source):
     seed: int = 0
 
     @model_validator(mode="after")
+    def _check_inputs(self) -> Npz:
+        if isinstance(self.inputs, str):
+            return self
+        if not self.inputs or len(set(self.inputs)) < len(self.inputs):
+            raise PydanticCustomError("inputs", "inputs are one name, or several different ones")
+        if self.layout not in ("auto", "plain") or self.colour or self.size:
+            raise PydanticCustomError(
+                "not_plain", "several inputs are plain numbers: no layout, colour or size"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_resize(self) -> Npz:
         if self.resize == "pad" and self.size is None:
             raise PydanticCustomError("no_size", "resize: pad needs a size to pad to")
         return self
 
     def open(self) -> Dataset[Any]:
-        where = f"{self.path}: array '{self.inputs}'"
-        inputs, labels = self._read()
-        layout = _layout(inputs, where) if self.layout == "auto" else self.layout
+        names = (self.inputs,) if isinstance(self.inputs, str) else self.inputs
+        arrays, labels = self._read(names)
+        columns = {name: self._column(name, arrays[name], labels) for name in names}
+        rows = columns[self.inputs] if isinstance(self.inputs, str) else _Columns(columns)
+        return select(rows, self.classes, labels, part=self.part, seed=self.seed)
+
+    def _column(self, name: str, inputs: Array, labels: Array) -> _Rows:
+        where = f"{self.path}: array '{name}'"
+        layout = self.layout if isinstance(self.inputs, str) else "plain"
+        layout = _layout(inputs, where) if layout == "auto" else layout
         _check_shape(inputs, layout, where)
         if layout == "plain" and (self.colour or self.size):
             raise DataError(f"{where} holds no images (layout: plain); leave out colour and size")
         scale = self._scale(inputs, layout, where)
         _check_values(inputs, layout, scale, where)
-        rows = _Rows(inputs, labels, layout, scale, self)
-        return select(rows, self.classes, labels, part=self.part, seed=self.seed)
+        return _Rows(inputs, labels, layout, scale, self)
 
-    def _read(self) -> tuple[Array, Array]:
+    def _read(self, names: Sequence[str]) -> tuple[dict[str, Array], Array]:
+        """The arrays of inputs and the labels, all of one length."""
         if not self.path.is_file():
             raise DataError(f"there is no file {self.path}")
         with open(self.path, "rb") as file:
@@ -99,20 +119,27 @@ class Npz(oodcore.Source):
                 raise DataError(f"{self.path} is damaged, or no .npz archive") from None
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise DataError(
-                    f"{self.path} is one array; save it with np.savez(path, {self.inputs}=array)"
+                    f"{self.path} is one array; save it with np.savez(path, {names[0]}=array)"
                 )
-            inputs = _array(archive, self.inputs, self.path)
+            inputs = {name: _array(archive, name, self.path) for name in names}
+            rows = len(inputs[names[0]])
+            for name, array in inputs.items():
+                if len(array) != rows:
+                    raise DataError(
+                        f"{self.path}: array '{name}' has {len(array)} rows, and '{names[0]}' has "
+                        f"{rows}"
+                    )
             if self.labels is None:
-                return inputs, np.full(len(inputs), -1)
+                return inputs, np.full(rows, -1)
             if self.labels not in archive.files:
                 raise DataError(
                     f"{self.path} has no array '{self.labels}'; it has: "
                     f"{', '.join(archive.files)}; where there are no labels, set labels: null"
                 )
             labels = _array(archive, self.labels, self.path)
-        if labels.dtype.kind not in "iu" or labels.shape != (len(inputs),):
+        if labels.dtype.kind not in "iu" or labels.shape != (rows,):
             raise DataError(
-                f"{self.path}: array '{self.labels}' must hold {len(inputs)} integers, one a row; "
+                f"{self.path}: array '{self.labels}' must hold {rows} integers, one a row; "
                 f"it is {labels.dtype} of shape {list(labels.shape)}"
             )
         return inputs, labels.astype(np.int64)
@@ -165,6 +192,29 @@ class _Rows(Dataset[Any]):
         if self._size:
             values = (padded if self._resize == "pad" else squared)(values, self._size)
         return values
+
+
+class _Columns(Dataset[Any]):
+    """Several arrays side by side: an input is a mapping with a row of each."""
+
+    def __init__(self, columns: Mapping[str, _Rows]) -> None:
+        self._columns = columns
+
+    def __len__(self) -> int:
+        return len(next(iter(self._columns.values())))
+
+    def __getitem__(self, index: int) -> tuple[dict[str, Tensor], int, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[dict[str, Tensor], int, int]]:
+        parts = {name: column.__getitems__(indices) for name, column in self._columns.items()}
+        first = next(iter(parts.values()))
+        return [
+            ({name: rows[place][0] for name, rows in parts.items()}, label, number)
+            for place, (_, label, number) in enumerate(first)
+        ]
 
 
 def _array(archive: np.lib.npyio.NpzFile, name: str, path: Path) -> Array:

@@ -58,8 +58,8 @@ class TextFile(oodcore.Source):
         without: labels to leave out; the others become 0, 1, ... in their order.
         part: a share of the rows, such as [0, 0.9] to fit on and [0.9, 1] to calibrate on.
         seed: decides which rows are in a part.
-        max_length: of a text, in characters. A longer one is an error: it seldom is a text. In a csv
-            Python's own limit of 131,072 holds besides.
+        max_length: of a text, in characters. A longer one is an error: it seldom is a text. A csv
+            has Python's own limit of 131,072 besides.
 
     ``open`` raises a DataError for a file that is missing or empty, a line that is no UTF-8, no
     record of this format or too long, and a column or class that is missing. Reading a row raises

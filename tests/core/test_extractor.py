@@ -293,7 +293,8 @@ def test_what_a_model_gives():
     for head in ("auto", "fc", None):
         model = FeatureModel.wrap(MLP(), head=head)
         features = model(x)
-        given = {n for n in ("embeddings", "logits", "head") if getattr(features, n) is not None}
+        names = ("embeddings", "logits", "head", "inputs")
+        given = {name for name in names if getattr(features, name) is not None}
         assert model.gives == given
         assert model.modules == (model.module,)
         assert model.title == "MLP"

@@ -441,6 +441,14 @@ def test_whole_benchmarks_are_judged_alike():
     count = compare(TypeAdapter(BenchmarkConfig), validator, mutations(benchmark))
     assert count["accepted"] > 10
     assert count["refused"] > 300
+    fields = {"kind": "outlier_exposure", "level": 95, "draws": 3}
+    protocols = compare(
+        TypeAdapter(BenchmarkConfig), validator, mutations({**benchmark, "protocol": fields})
+    )
+    assert protocols["accepted"] > count["accepted"]
+    assert protocols["refused"] > count["refused"]
+    for given in ("ssb_osr", {"kind": "openood"}, "opnood", "open_set", {"draws": 3}, 3, None):
+        compare(TypeAdapter(BenchmarkConfig), validator, [{**benchmark, "protocol": given}])
     installed = {**benchmark, "scorers": "installed"}
     assert verdict(TypeAdapter(BenchmarkConfig), installed) == "accepted"
     assert validator.is_valid(installed)

@@ -40,16 +40,16 @@ def test_one_array_is_embeddings_or_logits(head_file):
     features = model(h)
     assert features.embeddings is h
     assert features.logits is None
-    assert model.gives == {"embeddings"}
+    assert model.gives == {"embeddings", "inputs"}
     model = Arrays.model_validate(head_file).load()
     features = model(h.numpy())
     torch.testing.assert_close(features.logits, h @ HEAD.weight.T + HEAD.bias)
-    assert model.gives == {"embeddings", "logits", "head"}
+    assert model.gives == {"embeddings", "logits", "head", "inputs"}
     assert model.rows_seen == ROWS
     logits = Arrays(embeddings=None, logits="logits").load()
     assert logits(h).logits is h
     assert logits(h).embeddings is None
-    assert logits.gives == {"logits"}
+    assert logits.gives == {"logits", "inputs"}
 
 
 def test_stored_logits_are_kept_as_given(head_file):
@@ -108,6 +108,18 @@ def test_a_configuration_works_on_stored_features(tmp_path, head_file):
     source = {"kind": "npz", "path": str(tmp_path / "train.npz"), "layout": "plain"}
     expected = HEAD(drawn(ROWS, WIDTH)).logsumexp(1)
     np.testing.assert_allclose(detector.fit(source).score(source), expected, rtol=1e-5)
+
+
+def test_columns_of_an_archive(tmp_path):
+    h, z = drawn(ROWS, WIDTH).numpy(), drawn(ROWS, CLASSES, seed=3).numpy()
+    np.savez(tmp_path / "stored.npz", h=h, z=z, y=LABELS.numpy())
+    source = {"kind": "npz", "path": str(tmp_path / "stored.npz"), "inputs": ["h", "z"]}
+    model = {"kind": "arrays", "embeddings": "h", "logits": "z"}
+    logits = Detector(model, scorer="max_logit").fit(source).score(source)
+    np.testing.assert_allclose(logits, z.max(1), rtol=1e-6)
+    near = Detector(model, scorer={"kind": "knn", "k": 1}).fit(source).score(source)
+    expected = Detector(scorer={"kind": "knn", "k": 1}).fit(h).score(h)
+    np.testing.assert_allclose(near, expected, atol=1e-6)
 
 
 def test_rows_that_are_mappings_of_a_data_set():

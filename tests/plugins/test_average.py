@@ -63,7 +63,7 @@ def test_logits_come_with_the_head_that_makes_them(cosine):
     torch.testing.assert_close(features.logits, expected)
     assert features.embeddings.shape == (4, 21)
     torch.testing.assert_close(features.head(features.embeddings), features.logits)
-    assert averaged.gives == {"embeddings", "logits", "head"}
+    assert averaged.gives == {"embeddings", "logits", "head", "inputs"}
 
 
 def test_parameters_are_the_mean_and_the_models_stay():

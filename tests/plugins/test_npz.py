@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from oodcore.data import Stream
+from oodcore.data import Batch, Stream
 from oodcore.errors import DataError
 from oodcore_plugins.npz import Npz
 
@@ -37,11 +37,15 @@ def saved(tmp_path: Path) -> Any:
     return save
 
 
+def labels_of(batch: Batch) -> list[int]:
+    return [-1] * len(batch) if batch.labels is None else batch.labels.tolist()
+
+
 def everything(source: Npz) -> tuple[torch.Tensor, list[int], list[int]]:
     batches = list(Stream(source, batch_size=4))
     return (
         torch.cat([batch.inputs for batch in batches]),
-        torch.cat([batch.labels for batch in batches]).tolist(),
+        [row for batch in batches for row in labels_of(batch)],
         torch.cat([batch.ids for batch in batches]).tolist(),
     )
 

@@ -26,6 +26,7 @@ from sklearn.svm import SVC, LinearSVC
 import oodcore
 from oodcore import Detector
 from oodcore.errors import ArtifactError, ConfigurationError, DataError
+from oodcore.evaluation import _unusable
 from oodcore.preprocess import Preprocess
 from oodcore_plugins.average import AveragedModels
 from oodcore_plugins.sklearn_extractor import ClassifierModel, SklearnExtractor
@@ -184,6 +185,14 @@ def test_there_is_no_gradient():
         model.with_layers(["x"])
 
 
+def test_a_comparison_leaves_out_what_needs_a_gradient():
+    rows, labels = table()
+    data = (torch.tensor(rows), labels)
+    model = ClassifierModel(LogisticRegression().fit(rows, labels))
+    assert _unusable(Detector(model, scorer="odin"), data) == "needs inputs"
+    assert _unusable(Detector(model, scorer="energy"), data) is None
+
+
 def test_it_can_be_averaged_and_copied():
     rows, labels = table()
     models = [ClassifierModel(LogisticRegression(C=c).fit(rows, labels)) for c in (0.1, 1.0)]
@@ -191,7 +200,7 @@ def test_it_can_be_averaged_and_copied():
     expected = (models[0](rows).logits + models[1](rows).logits) / 2
     torch.testing.assert_close(features.logits, expected)
     torch.testing.assert_close(features.head(features.embeddings), expected)
-    twin = copy.deepcopy(models[0])
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(models[0])))
     assert twin.fingerprint() == models[0].fingerprint()
     twin(rows)
     assert twin.rows_seen == models[0].rows_seen + 60
