@@ -15,6 +15,9 @@ from statistics import median
 from typing import Any
 
 Work = Callable[[], Any]
+PATIENCE = 200.0
+"""Seconds after which no further round of a measurement begins."""
+
 PACKAGES = ("oodcore", "torch", "faiss-cpu", "faiss-gpu", "numpy", "scikit-learn", "pytorch-ood")
 
 
@@ -64,19 +67,31 @@ class Timing:
         return median(one / two for one, two in pairs)
 
 
-def timed(works: Mapping[str, Work], repeats: int) -> Timing:
-    """Run works in turn, after once for warming up, and note how long each takes."""
+def timed(works: Mapping[str, Work], repeats: int, patience: float = PATIENCE) -> Timing:
+    """Run works in turn, round by round, and note how long each takes.
+
+    Args:
+        works: by name.
+        repeats: rounds, of which there is one at least.
+        patience: seconds after which no further round begins. Works that take a tenth of it
+            together are not run once before to warm up.
+    """
+    began = time.perf_counter()
     for work in works.values():
-        work()
+        if time.perf_counter() - began < patience / 10:
+            work()
     rounds: dict[str, list[float]] = {name: [] for name in works}
     names = list(works)
+    first = time.perf_counter()
     for number in range(repeats):
+        if number and time.perf_counter() - first > patience:
+            break
         # Forwards and backwards in turn, so that none always follows the same other.
         for name in names if number % 2 == 0 else reversed(names):
             gc.collect()
-            began = time.perf_counter()
+            start = time.perf_counter()
             works[name]()
-            rounds[name].append(time.perf_counter() - began)
+            rounds[name].append(time.perf_counter() - start)
     return Timing(rounds)
 
 

@@ -1,12 +1,9 @@
-"""Five measures of 2 x 1,000,000 scores, from one sort here and from scikit-learn, side by side."""
+"""Five measures of many scores, from one sort in oodcore and from scikit-learn."""
 
 from __future__ import annotations
 
-import argparse
-import time
-from collections.abc import Callable
-
 import numpy as np
+from measure import Table, number, seconds, timed
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from oodcore.metrics import measures
@@ -27,34 +24,30 @@ def by_scikit_learn(known: np.ndarray, strange: np.ndarray) -> dict[str, float]:
     }
 
 
-def seconds(work: Callable[[], object], repeats: int) -> float:
-    """The shortest of some runs."""
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - began)
-    return min(times)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--repeats", type=int, default=3)
-    options = parser.parse_args()
+def tables(*, quick: bool = False) -> list[Table]:
+    """The table."""
+    rows, repeats = (2000, 1) if quick else (1_000_000, 5)
     generator = np.random.default_rng(0)
-    print(f"| scores (2 x {options.rows:,}) | oodcore, s | scikit-learn, s | ratio | agree to |")
-    print("| --- | ---: | ---: | ---: | ---: |")
+    table = Table(
+        "Measures",
+        f"AUROC, both AUPR and both FPR95 of 2 x {rows:,} scores, from one sort in oodcore and "
+        "from scikit-learn's functions.",
+        ["scores", "oodcore, s", "scikit-learn, s", "ratio", "agree to"],
+    )
     for title, step in (("no ties", 0.0), ("heavy ties", 0.1)):
-        known, strange = generator.normal(1, 1, options.rows), generator.normal(0, 1, options.rows)
+        known, strange = generator.normal(1, 1, rows), generator.normal(0, 1, rows)
         if step:
             known, strange = np.round(known / step) * step, np.round(strange / step) * step
         ours, theirs = measures(known, strange), by_scikit_learn(known, strange)
         worst = max(abs(ours[name] - value) for name, value in theirs.items())
-        mine = seconds(lambda a=known, b=strange: measures(a, b), options.repeats)
-        other = seconds(lambda a=known, b=strange: by_scikit_learn(a, b), options.repeats)
-        print(f"| {title} | {mine:.3f} | {other:.3f} | {mine / other:.3f} | {worst:.1e} |")
-
-
-if __name__ == "__main__":
-    main()
+        timing = timed(
+            {
+                "ours": lambda a=known, b=strange: measures(a, b),
+                "theirs": lambda a=known, b=strange: by_scikit_learn(a, b),
+            },
+            repeats,
+        )
+        taken = [seconds(timing.seconds(name)) for name in ("ours", "theirs")]
+        ratio = number(timing.ratio("ours", "theirs"))
+        table.rows.append([title, *taken, ratio, f"{worst:.0e}"])
+    return [table]

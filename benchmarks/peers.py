@@ -105,7 +105,11 @@ def composed(*, head: bool = True, **arguments: Any) -> Side:
 
 
 def peer(make: Callable[[Rows], Any], batch: int | None = None) -> Side:
-    """A detector of pytorch-ood, which scores all rows in one call, or some at a time."""
+    """A detector of pytorch-ood, which scores all rows in one call, or some at a time.
+
+    It does so in the way that suits it: in batches where that is faster, or where one call would
+    take more memory than there is.
+    """
 
     def fit(rows: Rows) -> Any:
         detector = make(rows)
@@ -214,7 +218,7 @@ METHODS = {
         "Mahalanobis, K = 100",
         Size(10_000, 10_000, 100),
         composed(scorer="mahalanobis", head=False),
-        peer(mahalanobis),
+        peer(mahalanobis, BATCH),
         product(_whitened),
         _halved,
     ),

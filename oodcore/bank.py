@@ -37,6 +37,14 @@ def _kept(state: State) -> Kept:
     return Kept(**{name: rows.copy() for name, rows in state.items() if name != "hashes"})
 
 
+def _picked(rows: Rows, numbers: Tensor) -> Rows:
+    """Rows by number, copied a few at a time: there are no more copies than one."""
+    picked = Rows(rows.shape, rows.dtype)
+    for some in torch.split(numbers, 4096):
+        picked.append(rows[some])
+    return picked
+
+
 class _Keeping(Statistic):
     """What Bank and Sample share: rows of some fields, with class and id."""
 
@@ -135,7 +143,7 @@ class Sample(_Keeping):
     def view(self, state: State) -> Kept:
         trimmed = self._trimmed(state)
         order = trimmed["hashes"].tensor().argsort(stable=True)
-        rows = {n: Rows.of(v[order]) for n, v in trimmed.items() if isinstance(v, Rows)}
+        rows = {n: _picked(v, order) for n, v in trimmed.items() if isinstance(v, Rows)}
         return _kept(rows)
 
     def _trimmed(self, state: State) -> State:
@@ -153,5 +161,5 @@ class Sample(_Keeping):
         rank = torch.arange(len(order)) - first
         last, keep = order[rank == self.capacity - 1], order[rank < self.capacity]
         limits[groups[last]] = hashes[last]
-        rows = {n: Rows.of(v[keep]) for n, v in state.items() if isinstance(v, Rows)}
+        rows = {n: _picked(v, keep) for n, v in state.items() if isinstance(v, Rows)}
         return {**rows, "limits": limits, "checked": torch.tensor(len(keep))}

@@ -228,10 +228,16 @@ def _in_memory(parts: list[_Segment]) -> _Segment:
     first = parts[0].values
     whole = first.new_empty((sum(len(part.values) for part in parts), *first.shape[1:]))
     last = len(whole)
-    while parts:
-        values = parts.pop().values
-        whole[last - len(values) : last] = values
-        last -= len(values)
+    try:
+        while parts:
+            values = parts[-1].values
+            whole[last - len(values) : last] = values
+            last -= len(values)
+            parts.pop()
+            del values
+    except BaseException:
+        parts.append(_Segment(whole[last:], loose=True))
+        raise
     return _Segment(whole, loose=True)
 
 

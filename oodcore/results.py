@@ -280,10 +280,11 @@ class Results:
             metric: left out, the protocol's first.
 
         Raises:
-            ConfigurationError: an unknown metric, or one of which neither end is better.
+            ConfigurationError: a metric that was not measured, or one of which neither end is
+                better.
         """
         metric = self.main if metric is None else metric
-        known_names("metric", [metric], METRICS)
+        known_names("metric", [metric], (*self.metrics, *self.id_metrics))
         better = METRICS[metric].better
         if better is None:
             raise ConfigurationError(f"detectors cannot be ranked by {metric}: neither end is best")

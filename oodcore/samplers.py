@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 from oodcore.document import Route
@@ -21,6 +22,9 @@ DIGITS = 4
 
 class Grid:
     """Every set of values, one after the other."""
+
+    name = "grid"
+    versions: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, searched: Mapping[Route, Space]) -> None:
         self._routes = tuple(searched)
@@ -39,7 +43,10 @@ class Tree:
     Choices of numbers in ascending order are told to it as such, others as unordered.
     """
 
+    name = "tpe"
+
     def __init__(self, optuna: Any, searched: Mapping[Route, Space], seed: int) -> None:
+        self.versions = {"optuna": optuna.__version__}
         self._searched = searched
         self._kinds = {
             str(route): _distribution(optuna.distributions, space)

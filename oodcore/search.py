@@ -29,7 +29,7 @@ MORE = 256
 BLOCK = 2**16
 """Rows that a product takes at once."""
 
-STEP = 2**12
+STEP = 2**10
 """Rows that are centred and scaled at once: their float64 copies are small beside the index."""
 
 LARGEST_SIZE = 4096

@@ -129,6 +129,9 @@ class Trials:
         if self._again and self._base.cache is None:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="oodcore-"))
             self._base.cache = Cache(folder)
+        self._of_features = Detector(
+            scorer=tuning.scorer, shapers=tuning.shapers, seed=self._base.recipe.seed
+        )
         rows = _divided(tuning, self._base)
         self.data = {
             "train": _shown(tuning.train),
@@ -164,7 +167,7 @@ class Trials:
 
     def _value(self, scorer: Scorer, shapers: tuple[Shaper, ...]) -> float:
         check_recipe(scorer, shapers)
-        detector = copy.copy(self._base)
+        detector = copy.copy(self._base if self._again else self._of_features)
         detector.recipe = Recipe(scorer, shapers, self._base.recipe.seed)
         one, rows = {"trial": detector}, self._rows
         held_out = rows.held_out if detector.recipe.holds_out else None

@@ -257,11 +257,11 @@ def choose(tuning: Tuning, trials: int = TRIALS, on_progress: OnProgress | None 
         best,
         tuple(trial for _, trial in done.values()),
         _named(fields),
-        "grid" if size <= trials else "tpe",
+        sampler.name,
         tuning.metric,
         seed,
         at_work.data,
-        versions([scorer, *shapers]),
+        {**versions([scorer, *shapers]), **sampler.versions},
     )
 
 

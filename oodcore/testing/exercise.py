@@ -6,7 +6,7 @@ import io
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +21,15 @@ SIDE, CHANNELS, WIDTH = 8, 3, 12
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of a run: K, training rows, rows of a step, passes over the rows."""
+    """Sizes of a run: K, training rows, rows of a step, passes over the rows; and its outliers, the
+    usual ones, others, or none."""
 
     classes: int = 3
     rows: int = 32
     batch: int = 8
     epochs: int = 3
     device: str = "cpu"
+    outliers: Literal["usual", "other", "none"] = "usual"
 
     @property
     def steps_per_epoch(self) -> int:
@@ -73,7 +75,9 @@ class Exercise:
         noise = torch.rand(self.plan.rows, CHANNELS, SIDE, SIDE, generator=generator)
         self.inputs = 0.6 * patterns[classes] + 0.4 * noise
         self.labels = classes
-        self.outliers = torch.rand(self.plan.batch, CHANNELS, SIDE, SIDE, generator=generator)
+        outliers = torch.rand(self.plan.batch, CHANNELS, SIDE, SIDE, generator=generator)
+        other = 1 - outliers if self.plan.outliers == "other" else outliers
+        self.outliers = None if self.plan.outliers == "none" else other
         with _seeded("network"):
             model = TrainModel(Classifier(self.plan.classes), "head")
         self.run = Run(
@@ -99,7 +103,7 @@ class Exercise:
         rows = self._numbers(self.engine.index)
         batch = (self.inputs[rows], self.labels[rows], rows, self.outliers)
         with torch.random.fork_rng(devices=[]):
-            self.engine.begin(*(part.clone().to(self.run.device) for part in batch))
+            self.engine.begin(*(self._given(part) for part in batch))
 
     def advance(self, until: int | None = None) -> Exercise:
         """Train up to a number of steps, or to the end and its ``finish``.
@@ -167,6 +171,9 @@ class Exercise:
                 raise AssertionError(
                     f"after step {self.engine.index} the gradient of {name} is not finite"
                 )
+
+    def _given(self, part: Any) -> Any:
+        return None if part is None else part.clone().to(self.run.device)
 
     def _numbers(self, step: int) -> Tensor:
         """The rows of a step, a pure function of it."""

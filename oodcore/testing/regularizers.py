@@ -154,6 +154,55 @@ def discreet(part: Regularizer) -> None:
             raise AssertionError("it leaves the network in another mode (train or eval)")
 
 
+def views(part: Regularizer) -> None:
+    """``augment`` gives other views, as many and of the same shape, and touches nothing."""
+    exercise, step, state = _begun(part)
+    touched = {"the network": exercise.run.model, "the state": state, "the batch": _given(step)}
+    before = copied(touched)
+    given = before["the batch.inputs"]
+    found = [_quietly("augment", step, partial(part.augment, step.inputs, step)) for _ in range(2)]
+    if where := changed(before, copied({**touched, "the batch": _given(step)})):
+        raise AssertionError(f"augment changes {where}, in place; give other tensors")
+    _no_gradients("augment", exercise)
+    one, two = found
+    if not isinstance(one, Tensor) or one.shape != given.shape or one.dtype != given.dtype:
+        shown = f"{one.dtype} {list(one.shape)}" if isinstance(one, Tensor) else f"{one!r:.80}"
+        raise AssertionError(
+            f"augment gives {shown}, and the rows are {given.dtype} {list(given.shape)}; labels "
+            "and ids are theirs, so give as many, of the same shape and type"
+        )
+    if not bool(torch.isfinite(one).all()):
+        raise AssertionError("augment gives numbers that are not finite")
+    if one.requires_grad:
+        raise AssertionError(
+            "augment gives rows with a graph, which would be gone in a second pass"
+        )
+    if not torch.equal(one, two):
+        raise AssertionError(
+            "augment gives other views when it is called again; draw from step.generator, which "
+            "stands in the same place"
+        )
+
+
+def outliers(part: Regularizer) -> None:
+    """``needs_outliers`` says whether it can do without; what it asks for, it uses."""
+    if not part.needs_outliers:
+        try:
+            Exercise([part], Plan(outliers="none")).advance()
+        except Exception as error:
+            raise AssertionError(
+                "a run without outliers fails, and only a regularizer that says "
+                f"needs_outliers = True is kept from one: {type(error).__name__}: {error}"
+            ) from error
+        return
+    usual = Exercise([part]).advance().result()
+    if not changed(usual, Exercise([part], Plan(outliers="other")).advance().result()):
+        raise AssertionError(
+            "it says needs_outliers = True, and other outliers change nothing; return them from "
+            "before to find them in step.extra, or leave needs_outliers away"
+        )
+
+
 def schedules(part: Regularizer) -> None:
     """``weight_at`` and ``wrap_schedule`` are pure functions to numbers of at least 0."""
     run = Exercise([part]).run
@@ -242,6 +291,8 @@ LAWS: dict[str, Law[Regularizer]] = {
     "repeated passes": repeatable,
     "terms": terms,
     "before and after": discreet,
+    "views": views,
+    "outliers": outliers,
     "schedules": schedules,
     "chance": chance,
     "resuming": resume,

@@ -16,6 +16,9 @@ from oodcore.hookspecs import Register
 from oodcore.space import Choice, spaces
 from oodcore.statistics import Sample, State
 
+SAMPLE = 2**16
+"""Numbers from which it is guessed where a percentile of many more must be."""
+
 
 class ReAct(Shaper):
     """``h' = min(h, c)``, with c a percentile of all activations of the training rows, pooled.
@@ -64,13 +67,35 @@ class ReAct(Shaper):
 
 def percentile(values: Tensor, percent: float) -> float:
     """A percentile of all numbers of a tensor, linear between the nearest two."""
-    flat = values.flatten().numpy()
-    place = (flat.size - 1) * percent / 100
+    flat = values.flatten()
+    place = (len(flat) - 1) * percent / 100
     low = int(place)
-    high = min(low + 1, flat.size - 1)
-    ordered = np.partition(flat, [low, high])
+    high = min(low + 1, len(flat) - 1)
+    below, around = _around(flat, low, high)
+    ordered = np.partition(around.numpy(), [low - below, high - below])
     share = place - low
-    return float(ordered[low]) * (1 - share) + float(ordered[high]) * share
+    return float(ordered[low - below]) * (1 - share) + float(ordered[high - below]) * share
+
+
+def _around(flat: Tensor, low: int, high: int) -> tuple[int, Tensor]:
+    """Few numbers of many, among them those of two ranks, and how many others are smaller.
+
+    A sample says between which two they must be; where it is wrong all numbers are taken.
+    """
+    if len(flat) <= 4 * SAMPLE:
+        return 0, flat
+    # An odd step does not stay within some columns of a matrix whose width is a power of two.
+    some = flat[:: len(flat) // SAMPLE | 1].sort().values
+    rank = low * len(some) // len(flat)
+    least = some[max(0, rank - SAMPLE // 64)]
+    most = some[min(len(some) - 1, rank + SAMPLE // 64)]
+    below, around = 0, []
+    for part in torch.split(flat, 2**20):
+        below += int((part < least).sum())
+        around.append(part[(part >= least) & (part <= most)])
+    inside = torch.cat(around)
+    found = below <= low and high < below + len(inside)
+    return (below, inside) if found else (0, flat)
 
 
 @hookimpl

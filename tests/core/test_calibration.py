@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.stats import false_discovery_control
 
-from oodcore.calibration import Calibration
+from oodcore.calibration import Calibration, check_rows
 from oodcore.errors import ConfigurationError, DataError
 
 tied = st.integers(-4, 4).map(float)
@@ -68,12 +68,15 @@ def test_too_few_scores_say_how_many_are_needed(rate, rows):
     calibration = Calibration(np.zeros(rows))
     if enough(rows):
         assert calibration.threshold(rate) == 0
+        check_rows(rows, rate)
         return
     needed = next(count for count in range(1, 2000) if enough(count))
     with pytest.raises(
         ConfigurationError, match=f"at least {needed} calibration scores and there "
     ):
         calibration.threshold(rate)
+    with pytest.raises(ConfigurationError, match=f"at least {needed} calibration scores and there"):
+        check_rows(rows, rate)
     Calibration(np.zeros(needed)).threshold(rate)
 
 

@@ -131,7 +131,7 @@ def test_every_command_says_what_it_is_for(said):
     commands = {command.name for command in app.registered_commands}
     assert commands == {
         *("demo", "plugins", "list", "show", "check", "schema", "train", "fit", "score"),
-        *("benchmark", "report", "new-plugin"),
+        *("tune", "benchmark", "report", "new-plugin"),
     }
     for name in commands:
         [line] = [line for line in listed.splitlines() if line.startswith(f"  {name} ")]
@@ -522,7 +522,9 @@ def test_nothing_is_fitted_where_it_could_not_be_calibrated(said, place, tmp_pat
 def test_a_benchmark_shows_its_protocol(said, place, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     text = (place / "benchmark.yaml").read_text()
-    (tmp_path / "b.yaml").write_text(f"{text}protocol: {{kind: outlier_exposure, draws: 3, id_per_ood: 6}}\n")
+    (tmp_path / "b.yaml").write_text(
+        f"{text}protocol: {{kind: outlier_exposure, draws: 3, id_per_ood: 6}}\n"
+    )
     done = said("benchmark", tmp_path / "b.yaml", "--out", tmp_path / "b")
     assert (done.code, done.err) == (0, "")
     assert "Protocol outlier_exposure: 3 draws (seed 0)" in done.out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -105,3 +106,17 @@ def test_damage_is_noticed():
         {"threshold": float("nan")},
     ):
         assert not replace(figure, **harm).sound(), harm
+
+
+@pytest.mark.parametrize("rows", [1, 2, 199, 200, 201, 5000])
+def test_accuracy_over_coverage_ends_with_all_rows(rows):
+    risks = np.linspace(0, 0.5, rows)
+    points = figures.covered(risks)
+    assert len(points) == min(rows, figures.ROC_POINTS)
+    assert points[0] == (pytest.approx(1 / rows, abs=1e-5), pytest.approx(1 - risks[0], abs=1e-5))
+    assert points[-1] == (1.0, pytest.approx(1 - risks[-1], abs=1e-5))
+    assert all(a < b for (a, _), (b, _) in pairwise(points))
+    own = {"id_test": np.arange(float(rows))}
+    figure = figures.draw(own, "id_test", {}, risks=risks)
+    assert figure.coverage == points
+    assert figure.sound()

@@ -107,6 +107,8 @@ def test_what_was_asked_and_what_it_ran_on_are_recorded(results):
     assert versions["oodcore"] == __version__
     assert {"python", "torch", "numpy"} <= versions.keys()
     assert results.provenance["plugins"] == {"oodcore": "0.1.0"}
+    assert results.provenance["calibration_rows"] == {"": 99}
+    assert results.calibration_rows == 99
     assert results.figures["weak"].threshold == np.sort(calibrated())[9]
     assert results.figures["strong"].threshold is None
 
@@ -128,8 +130,9 @@ def test_ranking_knows_which_end_is_better(results):
     assert results.ranked("accuracy") == ("weak", "[bold]|odd", "strong")
     with pytest.raises(ConfigurationError, match="neither end is best"):
         results.best("false_alarm_rate")
-    with pytest.raises(ConfigurationError, match="unknown metric 'aurok'; there are: auroc"):
-        results.best("aurok")
+    for name in ("aurok", "oscr"):
+        with pytest.raises(ConfigurationError, match=f"unknown metric '{name}'; there are: auroc"):
+            results.best(name)
 
 
 def test_saved_results_read_back_equal(results, tmp_path):
@@ -146,6 +149,24 @@ def test_saved_results_read_back_equal(results, tmp_path):
     assert [Row(**{**line, "value": float(line["value"])}) for line in lines] == list(results.rows)
     results.save(folder)
     assert len(list(folder.iterdir())) == 2
+
+
+def test_results_of_the_first_schema_are_read(results, tmp_path):
+    path = results.save(tmp_path) / "results.json"
+    content = json.loads(path.read_text())
+    content |= {"schema": 1}
+    for name in ("protocol", "repeats"):
+        del content[name]
+    for row in content["rows"]:
+        del row["values"]
+    for entry in content["entries"]:
+        del entry["seconds"]
+        entry |= {"seconds_fit": None, "seconds_score": None}
+    for figure in content["figures"].values():
+        del figure["coverage"]
+    path.write_text(json.dumps(content))
+    untimed = tuple(replace(entry, seconds=None) for entry in results.entries)
+    assert Results.load(tmp_path) == replace(results, entries=untimed)
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
@@ -212,6 +233,12 @@ def first_row(**values):
         (damaged(lambda c: c["figures"]["weak"]["counts"].pop("far")), "histograms of weak"),
         (damaged(lambda c: c["figures"]["weak"]["roc"].pop("far")), "ROC curves of weak"),
         (damaged(lambda c: c["figures"]["weak"]["edges"].reverse()), "figure of weak is damaged"),
+        (
+            damaged(lambda c: c["figures"]["weak"].update(coverage=[[0.5, 1.5]])),
+            "figure of weak is damaged",
+        ),
+        (damaged(lambda c: c.update(repeats=[1])), "repeats.0"),
+        (first_row(values=[0.5]), "a value for each of the repeats"),
         (first_row(value=1.5), r"no share in \[0, 1\]"),
         (first_row(value="0.5"), "rows.0.value"),
         (first_row(value=float("nan")), "no share|finite"),

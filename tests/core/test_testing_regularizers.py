@@ -144,7 +144,39 @@ class Sharp(Regularizer):
                 value.copy_(getattr(state, name.replace(".", "_")))
 
 
-HEALTHY = [Confident(weight=0.1), Smoothed(), Noised(), Centred(weight=0.01), Branched(), Sharp()]
+class Exposed(Regularizer):
+    """``H(u; softmax(z))`` of outliers."""
+
+    kind = "exposed"
+    needs_outliers = True
+
+    def before(self, step, state):
+        return step.outliers
+
+    def loss(self, step, state):
+        return -step.extra.logits.log_softmax(dim=1).mean()
+
+
+class Mirrored(Regularizer):
+    """``x[:, :, :, ::-1]`` of a random half of the rows."""
+
+    kind = "mirrored"
+
+    def augment(self, inputs, step):
+        chosen = torch.rand(len(inputs), generator=step.generator) < 0.5
+        return torch.where(chosen[:, None, None, None], inputs.flip(3), inputs)
+
+
+HEALTHY = [
+    Confident(weight=0.1),
+    Smoothed(),
+    Noised(),
+    Centred(weight=0.01),
+    Branched(),
+    Sharp(),
+    Exposed(),
+    Mirrored(),
+]
 
 
 @pytest.mark.parametrize("check", regularizer_checks(*HEALTHY))
@@ -394,6 +426,66 @@ class Pairs(Confident):
         return super().loss(step, state) + one.amax()
 
 
+class ViewsGlobal(Mirrored):
+    kind = "views_global"
+
+    def augment(self, inputs, step):
+        return inputs + 0.1 * torch.rand(inputs.shape)
+
+
+class ViewsInPlace(Mirrored):
+    kind = "views_in_place"
+
+    def augment(self, inputs, step):
+        return inputs.clamp_(max=0.5)
+
+
+class ViewsFewer(Mirrored):
+    kind = "views_fewer"
+
+    def augment(self, inputs, step):
+        return inputs[:, :, 1:]
+
+
+class ViewsOfLists(Mirrored):
+    kind = "views_of_lists"
+
+    def augment(self, inputs, step):
+        return inputs if step.index == 0 else inputs.double()
+
+
+class ViewsAnew(Mirrored):
+    kind = "views_anew"
+    own: ClassVar[torch.Generator] = torch.Generator().manual_seed(0)
+
+    def augment(self, inputs, step):
+        return inputs * torch.rand((), generator=self.own)
+
+
+class ViewsNan(Mirrored):
+    kind = "views_nan"
+
+    def augment(self, inputs, step):
+        return inputs if step.run.epochs == 0 else inputs / torch.zeros(())
+
+
+class ViewsWithGraph(Mirrored):
+    kind = "views_with_graph"
+
+    def augment(self, inputs, step):
+        return inputs * step.run.model.head.bias.mean()
+
+
+class Undeclared(Exposed):
+    kind = "undeclared"
+    needs_outliers = False
+
+
+class Unused(Confident):
+    kind = "unused"
+    needs_outliers = True
+
+
 FAULTS = [
     (GlobalTorch, "repeated passes", "generator of torch.*step.generator"),
     (GlobalBefore, "before and after", "before: .* generator of torch"),
@@ -424,6 +516,12 @@ FAULTS = [
     (LeavesGradients, "before and after", "before leaves gradients"),
     (WritesWeights, "before and after", "changes the network's network.head.weight"),
     (LeavesEval, "before and after", "another mode"),
+    (ViewsGlobal, "views", "augment: .* generator of torch"),
+    (ViewsInPlace, "views", "augment changes the batch.inputs, in place"),
+    (ViewsAnew, "views", "other views when it is called again"),
+    (ViewsWithGraph, "views", "rows with a graph"),
+    (Undeclared, "outliers", "says needs_outliers = True is kept from one"),
+    (Unused, "outliers", "other outliers change nothing"),
     (NegativeWeight, "schedules", "weight_at of epoch 2 gives -1.0"),
     (RandomRate, "schedules", "wrap_schedule of epoch 0"),
     (OtherBranch, "reloading", "does not make the trained model again"),

@@ -299,3 +299,36 @@ def test_real_sets_agree_with_their_arrays() -> None:
         path=DATA / "dtd_subset32.npz", inputs="x_test", labels="y_test", colour="grey", size=28
     )
     assert everything(textures)[0].shape == (1200, 1, 28, 28)
+
+
+def test_several_arrays_are_a_mapping(saved: Any) -> None:
+    h, z = random().normal(size=(5, 3)), random().normal(size=(5, 2, 4)).astype(np.float32)
+    y = np.array([0, 1, 0, 2, 1])
+    source = Npz(path=saved(h=h, z=z, y=y), inputs=("h", "z"), classes=(1, 0))
+    rows = source.open()
+    assert len(rows) == 4
+    row, label, number = rows[0]
+    assert (label, number) == (1, 0)
+    assert row.keys() == {"h", "z"}
+    assert np.array_equal(row["h"].numpy(), h[0].astype(np.float32))
+    (batch,) = Stream(source, batch_size=8)
+    assert batch.ids.tolist() == [0, 1, 2, 4]
+    assert batch.labels.tolist() == [1, 0, 1, 0]
+    assert np.array_equal(batch.inputs["z"].numpy(), z[[0, 1, 2, 4]])
+    assert Npz.model_validate(source.dump()) == source
+
+
+def test_several_arrays_need_as_many_rows(saved: Any) -> None:
+    path = saved(h=np.zeros((5, 3)), z=np.zeros((4, 3)), bad=np.full((5, 1), np.nan))
+    with pytest.raises(DataError, match="array 'z' has 4 rows, and 'h' has 5"):
+        Npz(path=path, inputs=("h", "z"), labels=None).open()
+    with pytest.raises(DataError, match="array 'bad': row 0 has numbers that are not finite"):
+        Npz(path=path, inputs=("h", "bad"), labels=None).open()
+    with pytest.raises(DataError, match="no array 'x'"):
+        Npz(path=path, inputs=("h", "x"), labels=None).open()
+    for fields in ({"inputs": ()}, {"inputs": ("h", "h")}):
+        with pytest.raises(ValidationError, match="one name, or several different ones"):
+            Npz(path=path, **fields)
+    for fields in ({"layout": "chw"}, {"colour": "grey"}, {"size": 3}):
+        with pytest.raises(ValidationError, match="several inputs are plain numbers"):
+            Npz(path=path, inputs=("h", "z"), **fields)

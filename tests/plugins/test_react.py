@@ -12,6 +12,7 @@ from hypothesis.extra.numpy import arrays
 from oodcore import Detector, Features, Head
 from oodcore.errors import ConfigurationError, DataError
 from oodcore.plugins import registry
+from oodcore_plugins import react
 from oodcore_plugins.react import percentile
 
 HEAD = Head(torch.randn(3, 5, generator=torch.Generator().manual_seed(1)).double())
@@ -35,6 +36,32 @@ def test_the_percentile_is_numpys(values, percent):
     assert percentile(torch.from_numpy(values), percent) == pytest.approx(
         wanted, rel=1e-9, abs=1e-9
     )
+
+
+@pytest.mark.parametrize("percent", [0.001, 50, 90, 99.999, 100])
+@pytest.mark.parametrize("kind", ["dense", "many zeros", "sorted", "columns", "constant"])
+def test_the_percentile_of_more_numbers_than_are_looked_at_together(kind, percent, monkeypatch):
+    monkeypatch.setattr(react, "SAMPLE", 64)
+    values = np.random.default_rng(0).normal(size=(500, 16))
+    if kind == "many zeros":
+        values = values.clip(0)
+    elif kind == "sorted":
+        values = np.sort(values.ravel()).reshape(500, 16)
+    elif kind == "columns":
+        values += 100 * np.arange(16)
+    elif kind == "constant":
+        values[:] = 3.0
+    wanted = np.percentile(values, percent)
+    assert percentile(torch.from_numpy(values), percent) == pytest.approx(wanted, rel=1e-9)
+
+
+def test_a_guess_that_holds_looks_at_few_numbers():
+    values = torch.from_numpy(np.random.default_rng(0).random(1_000_000))
+    below, around = react._around(values, 900_000, 900_001)
+    assert 0 < below <= 900_000
+    assert len(around) < 100_000
+    ordered = values.sort().values
+    assert float(around.sort().values[900_000 - below]) == float(ordered[900_000])
 
 
 @pytest.mark.parametrize("percent", [1, 50, 90, 99.5, 100])
