@@ -250,11 +250,13 @@ def _example(cls: type[Any]) -> Any:
     """An instance to ask; where fields are needed, one that holds stand-ins."""
     from pydantic import ValidationError
 
-    try:
-        return cls()
-    except ValidationError:
-        given = {name: _Part() for name, field in cls.model_fields.items() if field.is_required()}
-        return cls.model_construct(**given)
+    needed = [name for name, field in cls.model_fields.items() if field.is_required()]
+    for value in ({}, "NAME", ("NAME",)):
+        try:
+            return cls(**({} if value == {} else dict.fromkeys(needed, value)))
+        except ValidationError:
+            continue
+    return cls.model_construct(**{name: _Part() for name in needed})
 
 
 def _reads(cls: type[Any]) -> str:

@@ -18,7 +18,7 @@ from torch import nn
 
 from oodcore.data import Batch
 from oodcore.errors import DataError
-from oodcore.features import Features, Head, required, unit
+from oodcore.features import Features, Head, check_finite, required, unit
 from oodcore.moments import ClassMoments, Moments
 from oodcore.statistic import Shape
 
@@ -39,14 +39,14 @@ def wfc(data: Features | Moments) -> float:
         data: labelled embeddings (without labels, the predicted class counts), or their moments.
 
     Raises:
-        DataError: no embeddings, or no rows.
+        DataError: no embeddings, no rows, or embeddings that are not finite.
     """
     moments = _moments(data)
     means = moments.mean[moments.present]
     _, sizes, directions = torch.linalg.svd(means - means.mean(dim=0), full_matrices=False)
-    count = min(
-        len(means) - 1, int((sizes > CUT_OFF * means.abs().max().clamp_min(sizes[0])).sum())
-    )
+    # Rounding leaves differences in proportion to the means themselves.
+    least = CUT_OFF * torch.maximum(sizes[0], means.abs().max())
+    count = min(len(means) - 1, int((sizes > least).sum()))
     if count < 1:
         warnings.warn("wfc needs two class means that differ; it is NaN", stacklevel=2)
         return math.nan
@@ -65,24 +65,27 @@ def cfc(
     """Class-feature convergence: ``sum_k || mu_k / ||H||_F - w_k / ||W||_F ||_2``, at least 0.
 
     0 means that head and class means are the same up to a factor (self-duality). A head that
-    normalises its weight counts with unit weights. Classes without rows are left out.
+    normalises its weight counts with unit weights. Classes without rows are left out. Where all
+    class means, or all weights, are 0 there is no measure: NaN, with a warning.
 
     Args:
         data: labelled embeddings (without labels, the predicted class counts), or their moments.
         head: where ``data`` has none.
         norm: H is the matrix of class means ``[K, D]``; with "all" that of every embedding
             ``[N, D]``, as the paper's text says, with which even perfect collapse is not 0.
-        center: subtract the mean of the class means first, as the third of the neural-collapse
-            measures of Papyan, Han and Donoho (PNAS 2020) does.
+        center: subtract the mean of the class means from H first, as the third of the
+            neural-collapse measures of Papyan, Han and Donoho (PNAS 2020) does.
 
     Raises:
-        DataError: no embeddings, no rows, no head, or one that is of another size.
+        DataError: no embeddings, no rows, no head, one that is of another size, or numbers that
+            are not finite.
     """
     head = head if head is not None else getattr(data, "head", None)
     if head is None:
         raise DataError("cfc compares class means with a head, and there is none")
     moments = _moments(data)
-    weight = head.weight.to(moments.mean)
+    weight = head.weight.detach().to(moments.mean)
+    check_finite(weight, "collapse: the head's weights")
     if weight.shape != moments.mean.shape:
         raise DataError(
             f"the head is {list(weight.shape)} and the class means are {list(moments.mean.shape)}"
@@ -92,22 +95,33 @@ def cfc(
     means = means - means.mean(dim=0) if center else means
     size = means.norm()
     if norm == "all":
-        size = (
-            moments.scatter.trace() + (moments.count * moments.mean.square().sum(1)).sum()
-        ).sqrt()
+        count = moments.count[moments.present]
+        size = (moments.scatter.trace() + (count * means.square().sum(dim=1)).sum()).sqrt()
+    if not (size > 0 and weight.norm() > 0):
+        warnings.warn(
+            "cfc needs class means and weights that are not all 0; it is NaN", stacklevel=2
+        )
+        return math.nan
     return float((means / size - weight / weight.norm()).norm(dim=1).sum())
 
 
 def measured(model: nn.Module, batches: Iterable[Batch], classes: int) -> dict[str, float]:
-    """Both measures of a network on labelled rows, in evaluation mode: ``wfc`` and ``cfc``."""
+    """The measures of a network on labelled rows, in evaluation mode: ``wfc`` and ``cfc``.
+
+    One that does not exist (see there) is left out.
+
+    Raises:
+        DataError: no rows, or embeddings that are not finite.
+    """
     statistic, state, head = ClassMoments(), None, None
     modes = [(part, part.training) for part in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
             for batch in batches:
-                features = replace(model(batch.inputs), labels=batch.labels).double()
+                features = replace(model(batch.inputs), labels=batch.labels, ids=batch.ids).double()
                 rows = required(features.embeddings, "embeddings")
+                check_finite(rows, "collapse: embeddings", features.ids)
                 if state is None:
                     state = statistic.init(Shape(classes, rows.shape[1], {}, rows.device))
                 state, head = statistic.update(state, features), features.head
@@ -117,7 +131,10 @@ def measured(model: nn.Module, batches: Iterable[Batch], classes: int) -> dict[s
     if state is None:
         raise DataError("there are no rows to measure collapse on")
     moments = statistic.view(state)
-    return {"wfc": wfc(moments), "cfc": cfc(moments, head)}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(wfc|cfc) needs", category=UserWarning)
+        found = {"wfc": wfc(moments), "cfc": cfc(moments, head)}
+    return {name: value for name, value in found.items() if not math.isnan(value)}
 
 
 def _moments(data: Features | Moments) -> Moments:
@@ -126,6 +143,7 @@ def _moments(data: Features | Moments) -> Moments:
     else:
         features = data.detach().double()
         rows = required(features.embeddings, "embeddings")
+        check_finite(rows, "collapse: embeddings", features.ids)
         classes = features.labels if features.labels is not None else features.predicted
         logits = features.logits
         count = int(classes.max()) + 1 if len(rows) else 0

@@ -84,7 +84,11 @@ class Engine:
         return self.schedule(self.index / self.run.steps_per_epoch)
 
     def begin(self, inputs: Any, labels: Tensor, ids: Tensor, outliers: Any) -> None:
-        """Take a batch that is on the run's device, and let each regularizer prepare for it."""
+        """Take a batch that is on the run's device, and let each regularizer prepare for it.
+
+        Raises:
+            ConfigurationError: what comes in place of the batch has another number of rows.
+        """
         self._inputs, self._labels, self._ids = inputs, labels, ids
         self._repeat, self._extra = 0, {}
         self._steps = {
@@ -105,7 +109,8 @@ class Engine:
         }
         for part in self.regularizers:
             self._put("augment", part.kind)
-            self._inputs = part.augment(self._inputs, self._steps[part.kind])
+            views = part.augment(self._inputs, self._steps[part.kind])
+            self._inputs = _as_many(views, len(labels), part.kind, "augment")
         for step in self._steps.values():
             step.inputs = self._inputs
         for part in self.regularizers:
@@ -115,7 +120,7 @@ class Engine:
                 continue
             # A graph into the regularizer's own modules would be gone in a second pass.
             if part.replaces_batch:
-                self._inputs = _detached(rows)
+                self._inputs = _as_many(_detached(rows), len(labels), part.kind, "before")
             else:
                 self._extra[part.kind] = _detached(rows)
 
@@ -211,7 +216,8 @@ class Engine:
 
         Args:
             validation: this process's share of the rows to measure accuracy and loss on.
-            training: all rows to measure neural collapse on.
+            training: all rows to measure neural collapse on; a measure that does not exist is
+                left out.
         """
         epoch = self.index // self.run.steps_per_epoch - 1
         row: dict[str, float] = {"epoch": epoch, "learning_rate": self.schedule(epoch)}
@@ -375,6 +381,15 @@ def _scalar(term: Any, kind: str) -> Tensor:
         given = list(term.shape) if isinstance(term, Tensor) else type(term).__name__
         raise ConfigurationError(f"{kind}: loss must be a scalar tensor or None, not {given}")
     return term
+
+
+def _as_many(rows: Any, wanted: int, kind: str, hook: str) -> Any:
+    if length(rows) != wanted:
+        raise ConfigurationError(
+            f"{kind}: {hook} gives {length(rows)} rows in place of the {wanted} of the batch; "
+            "labels and ids are theirs, so give as many"
+        )
+    return rows
 
 
 def _detached(rows: Any) -> Any:

@@ -17,6 +17,7 @@ import torch
 from pydantic import ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from torch import nn
 
 from oodcore.component import Settings
 from oodcore.engine import prepare_model, taking_part
@@ -154,10 +155,14 @@ class RunFolder:
         self._write(RECORD, _json(document))
         shutil.rmtree(self.path / CHECKPOINTS)
 
-    def load(self) -> tuple[TrainModel, Blueprint]:
+    def load(self, network: nn.Module | None = None) -> tuple[TrainModel, Blueprint]:
         """The model that the run left, on the CPU in evaluation mode, and what it was made by.
 
         Neither the training data nor its source is needed.
+
+        Args:
+            network: to put the weights into, once the run's regularizers have prepared it; one that
+                the run's factory makes where it is left out.
 
         Raises:
             ArtifactError: no finished run, a file that is damaged or of another schema, or weights
@@ -172,16 +177,17 @@ class RunFolder:
         weights = self.path / WEIGHTS
         if hashlib.sha256(weights.read_bytes()).hexdigest() != seal.fingerprint:
             raise ArtifactError(f"{weights} is not the file that the run wrote; it is damaged")
-        model = TrainModel(blueprint.network.build(seal.seed), seal.head)
+        target = f"the network of {self.path / CONFIG}" if network is None else "this network"
+        if network is None:
+            network = blueprint.network.build(seal.seed)
+        model = TrainModel(network, seal.head)
         run = Run(model=model, **{name: getattr(seal, name) for name in SHAPE})
         with torch.random.fork_rng(devices=[]):
             prepare_model(run, taking_part(blueprint.regularizers))
         try:
             run.model.load_state_dict(load_file(weights))
         except (RuntimeError, SafetensorError) as error:
-            raise ArtifactError(
-                f"{weights} does not fit the network of {self.path / CONFIG}: {error}"
-            ) from None
+            raise ArtifactError(f"{weights} does not fit {target}: {error}") from None
         return run.model.eval(), blueprint
 
     def blueprint(self) -> Blueprint:

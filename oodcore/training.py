@@ -263,27 +263,21 @@ def _model(
 def _started(network: nn.Module, config: TrainingConfig) -> nn.Module:
     """The network with the weights in a file, or with those that a run left in its folder.
 
-    A run that replaced the head gives its own network, head and all.
+    The head that a regularizer of that run put in place comes with them.
     """
     weights = config.network.weights
     assert weights is not None
     if not weights.is_dir():
         load_weights(network, weights)
         return network
-    trained, blueprint = RunFolder(weights).load()
+    trained, blueprint = RunFolder(weights).load(network)
     heads = [part for part in blueprint.regularizers if part.weight and part.replaces_head]
     if strange := [part.kind for part in heads if part not in config.regularizers]:
         raise ConfigurationError(
             f"the run in {weights} was trained with the head of '{strange[0]}'; a run that starts "
             "from it needs the same regularizer, with the same fields"
         )
-    if heads and blueprint.network.arguments == config.network.arguments:
-        return trained.network
-    try:
-        network.load_state_dict(trained.network.state_dict())
-    except RuntimeError as error:
-        raise ConfigurationError(f"the network of {weights} is another: {error}") from None
-    return network
+    return trained.network
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:

@@ -161,8 +161,8 @@ def mnist(sources: Mapping[str, Config]) -> Task:
         title="MNIST, 6 known and 4 unknown classes",
         network={"factory": "oodcore_plugins.networks:mnist_convnet", "arguments": {}},
         sources=sources,
-        epochs=10,
-        batch=64,
+        epochs=8,
+        batch=32,
         known=DIVISIONS,
     )
 
@@ -177,7 +177,7 @@ def cifar(sources: Mapping[str, Config]) -> Task:
             "arguments": {"depth": 16, "widen": 1},
         },
         sources=sources,
-        epochs=12,
+        epochs=10,
         batch=64,
         known={"low": DIVISIONS["low"]},
         seeds=(0,),

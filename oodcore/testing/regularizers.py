@@ -156,7 +156,8 @@ def discreet(part: Regularizer) -> None:
 
 def views(part: Regularizer) -> None:
     """``augment`` gives other views, as many and of the same shape, and touches nothing."""
-    exercise, step, state = _begun(part)
+    exercise, step, state = _begun(part, 0)
+    step.inputs = exercise.inputs[: len(step.labels)].to(exercise.run.device, copy=True)
     touched = {"the network": exercise.run.model, "the state": state, "the batch": _given(step)}
     before = copied(touched)
     given = before["the batch.inputs"]

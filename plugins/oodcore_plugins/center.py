@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, mod
 from torch import Tensor, nn
 
 import oodcore
+from oodcore.errors import ConfigurationError
 from oodcore.features import required
 
 TINY = 1e-12
@@ -38,7 +39,8 @@ class Center(oodcore.Regularizer):
             text of Decoupling MaxLogit does.
         weight: a factor on all ``weights``; 0 switches it off.
 
-    Raises a DataError if the features have no embeddings.
+    Raises a DataError if the features have no embeddings, and a ConfigurationError where the first
+    of ``starts`` lies behind the last epoch.
     """
 
     kind = "center"
@@ -71,6 +73,11 @@ class Center(oodcore.Regularizer):
         return self.weight * begun[-1] if begun else 0.0
 
     def build(self, run: oodcore.Run) -> oodcore.Memory:
+        if self.starts[0] >= run.epochs:
+            raise ConfigurationError(
+                f"center: the term has weight from epoch {self.starts[0]} on, and the run has "
+                f"{run.epochs}, counted from 0; give starts of this run"
+            )
         state = oodcore.Memory()
         state.centers = nn.Parameter(torch.randn(run.classes, run.width))
         if self.centers == "learned":

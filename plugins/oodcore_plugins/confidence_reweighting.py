@@ -21,8 +21,11 @@ class ConfidenceReweighting(oodcore.Regularizer):
 
     It is the second stage that SURE adds on long-tailed data: start from a finished run
     (``network: {weights: runs/first}``), for about 20 epochs of a tenth of the rate. Rows that
-    other regularizers bring (mixed ones) keep their loss. Both passes of SAM are weighted here; in
-    the published code the second is not.
+    other regularizers bring (mixed ones) keep their loss.
+
+    Departures from the published code. s is measured once on the rows as they are, of every row;
+    there it is measured on augmented rows, and up to a batch of them keep s = 0. Both passes of SAM
+    are weighted; there the second is not. No parameter of batch normalisation is frozen.
 
     There is no term, so a ``weight`` above 0 means nothing more than that it takes part.
 

@@ -54,13 +54,15 @@ class CosineHead(oodcore.Regularizer):
     learn_scale: bool = False
 
     def prepare_model(self, model: TrainModel, run: oodcore.Run) -> TrainModel:
-        if isinstance(model.head, Directions):  # the run starts from one that had it already
-            return model
-        plain = 1.0 if self.normalize == "weight" else DEFAULT_SCALE
+        head, scale = model.head, self.scale
+        if scale is None:
+            scale = 1.0 if self.normalize == "weight" else DEFAULT_SCALE
+        if self.learn_scale and isinstance(head, Directions):
+            scale = float(head.scale.detach())  # the run starts from one that has learnt it
         model.head = Directions(
-            head_of(model.head).weight,
+            head_of(head).weight,
             normalize=self.normalize,
-            scale=plain if self.scale is None else self.scale,
+            scale=scale,
             learn_scale=self.learn_scale,
         )
         return model

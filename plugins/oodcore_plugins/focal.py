@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pydantic import NonNegativeFloat
-from torch import Tensor
+from torch import Tensor, finfo
 from torch.nn.functional import log_softmax
 
 import oodcore
@@ -52,14 +52,10 @@ class Focal(oodcore.Regularizer):
         log_p = logs.gather(1, labels[:, None]).squeeze(1)
         if self.gamma == 0:
             return -log_p
-        # 1 - p as the sum of the others would be exact, and its gradient is the same.
-        missed = -log_p.expm1()
+        missed = -log_p.expm1()  # 1 - p
         # Below gamma = 1 the slope of the power is infinite at 0; there the loss is 0 anyway.
-        factor = missed.clamp_min(TINY).pow(self.gamma)
+        factor = missed.clamp_min(finfo(missed.dtype).tiny).pow(self.gamma)
         return -(factor.detach() if self.detach_pt else factor) * log_p
-
-
-TINY = 1e-12
 
 
 @oodcore.hookimpl

@@ -64,8 +64,8 @@ class Mixup(oodcore.Regularizer):
 
         b L(net(x'), y) + (1 - b) L(net(x'), y_perm),   x' = b x + (1 - b) x_perm
 
-    L is the run's classification loss. The accuracy in the metrics is that of mixed rows, against
-    the labels of the larger part where b > 1/2.
+    L is the run's classification loss. The embeddings and logits that other regularizers see are
+    those of x', beside the labels y, and so is the accuracy in the metrics.
 
     There is no term, so a ``weight`` above 0 means nothing more than that it takes part.
 
@@ -104,15 +104,18 @@ class Mixup(oodcore.Regularizer):
 def draw(alpha: float, step: oodcore.Step) -> tuple[float, Tensor]:
     """A share ``b ~ Beta(alpha, alpha)`` and an order of the batch, from the step's generator."""
     device = step.labels.device
-    # Two Gamma draws make a Beta; torch draws them from a generator by itself.
-    concentration = torch.full((2,), alpha, dtype=torch.float64, device=device)
-    one, two = torch._standard_gamma(concentration, generator=step.generator).tolist()
+    # The share of one of two Gamma draws is a Beta draw. A Gamma draw of a small alpha may be too
+    # small for a number, so its logarithm is drawn: that of one of alpha + 1, plus log(U) / alpha.
+    above = torch.full((2,), alpha + 1, dtype=torch.float64, device=device)
+    logs = torch._standard_gamma(above, generator=step.generator).log()
+    uniform = torch.rand(2, dtype=torch.float64, generator=step.generator, device=device)
+    logs = logs + (1 - uniform).log() / alpha
     order = torch.randperm(len(step.labels), generator=step.generator, device=device)
-    return one / (one + two) if one + two > 0 else 0.5, order
+    return float((logs[0] - logs[1]).sigmoid()), order
 
 
 def mixed(inputs: Any, share: float, order: Tensor) -> Any:
-    """Rows mixed with the same rows in another order; each tensor of a mapping alike.
+    """Rows mixed with the same rows in another order.
 
     Raises:
         DataError: inputs that are no floating numbers, which cannot be mixed.

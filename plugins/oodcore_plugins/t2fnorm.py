@@ -9,14 +9,20 @@ from torch import Tensor, nn
 
 import oodcore
 from oodcore.discovery import head_of
+from oodcore.errors import ConfigurationError
 from oodcore.regularizer import TrainModel
 
 
 class T2FNorm(oodcore.Regularizer):
-    """While training, the head gets ``h / (t ||h||_2)`` in place of the embeddings ``h``.
+    """What the head gets in place of the embeddings ``h``:
 
-    At test time it gets ``h`` itself: a norm that training could not use to lower its loss then
-    tells how familiar an input is. Score such a network with what reads logits or norms.
+        h / (t ||h||_2)     while training
+        h / t               afterwards
+
+    A norm that training could not use to lower its loss tells how familiar an input is, so the
+    embeddings are not normalised when they are scored. The division by t remains, as in the
+    published code. Score such a network with what reads logits or norms. Norms below 1e-12 count
+    as 1e-12.
 
     There is no term, so a ``weight`` above 0 means nothing more than that it takes part.
 
@@ -24,13 +30,13 @@ class T2FNorm(oodcore.Regularizer):
         temperature: t, without unit; 0.1 is the paper's.
         weight: 0 switches it off.
 
-    Raises a ConfigurationError if the head it wraps is not a plain linear one.
+    Raises a ConfigurationError if the head that it replaces is not a plain linear one.
     """
 
     kind = "t2fnorm"
     replaces_head = True
     paper = oodcore.Paper(
-        title="T2FNorm: Extremely Simple Scaled Train-time Feature Normalization for OOD Detection",
+        title="T2FNorm: Train-time Feature Normalization for OOD Detection in Image Classification",
         authors="Sudarshan Regmi, Bibek Panthi, Sakar Dotel, Prashnna K. Gyawali, Danail Stoyanov, "
         "Binod Bhattarai",
         venue="CVPR Workshops",
@@ -41,30 +47,40 @@ class T2FNorm(oodcore.Regularizer):
     temperature: PositiveFloat = 0.1
 
     def prepare_model(self, model: TrainModel, run: oodcore.Run) -> TrainModel:
-        if isinstance(model.head, Normalizing):  # the run starts from one that had it already
-            return model
-        model.head = Normalizing(head_of(model.head), self.temperature)
+        head = head_of(model.head)
+        # The run may start from one that had such a head already.
+        linear = not head.normalize_weight and not head.normalize_features and head.scale == 1
+        if not linear and not isinstance(model.head, Normalizing):
+            raise ConfigurationError(
+                f"t2fnorm: the network's head is a {type(model.head).__name__}, which normalises "
+                "or scales by itself; a plain linear head is needed"
+            )
+        model.head = Normalizing(head, self.temperature)
         return model
 
 
 class Normalizing(nn.Module):
-    """A linear head that normalises what it gets in training mode only.
+    """A linear head of embeddings divided by a temperature, and in training mode by their norm.
 
     Args:
-        plain: what to start from.
-        temperature: the norm of its inputs is 1 / temperature.
+        start: weight ``[K, D]`` and bias to start from.
+        temperature: what embeddings are divided by.
     """
 
-    def __init__(self, plain: oodcore.Head, temperature: float) -> None:
+    def __init__(self, start: oodcore.Head, temperature: float) -> None:
         super().__init__()
         self.temperature = temperature
-        self.weight = nn.Parameter(plain.weight.detach().clone())
-        self.bias = None if plain.bias is None else nn.Parameter(plain.bias.detach().clone())
+        self.weight = nn.Parameter(start.weight.detach().clone())
+        self.bias = None if start.bias is None else nn.Parameter(start.bias.detach().clone())
 
     @property
     def head(self) -> oodcore.Head:
-        scale = 1 / self.temperature if self.training else 1.0
-        return oodcore.Head(self.weight, self.bias, normalize_features=self.training, scale=scale)
+        return oodcore.Head(
+            self.weight,
+            self.bias,
+            normalize_features=self.training,
+            scale=1 / self.temperature,
+        )
 
     def forward(self, embeddings: Tensor) -> Tensor:
         return self.head(embeddings)

@@ -447,11 +447,18 @@ class ViewsFewer(Mirrored):
         return inputs[:, :, 1:]
 
 
-class ViewsOfLists(Mirrored):
-    kind = "views_of_lists"
+class ViewsAsList(Mirrored):
+    kind = "views_as_list"
 
     def augment(self, inputs, step):
-        return inputs if step.index == 0 else inputs.double()
+        return list(inputs)
+
+
+class ViewsWide(Mirrored):
+    kind = "views_wide"
+
+    def augment(self, inputs, step):
+        return inputs.double()
 
 
 class ViewsAnew(Mirrored):
@@ -466,7 +473,7 @@ class ViewsNan(Mirrored):
     kind = "views_nan"
 
     def augment(self, inputs, step):
-        return inputs if step.run.epochs == 0 else inputs / torch.zeros(())
+        return inputs / 0
 
 
 class ViewsWithGraph(Mirrored):
@@ -518,6 +525,10 @@ FAULTS = [
     (LeavesEval, "before and after", "another mode"),
     (ViewsGlobal, "views", "augment: .* generator of torch"),
     (ViewsInPlace, "views", "augment changes the batch.inputs, in place"),
+    (ViewsFewer, "views", r"\[8, 3, 7, 8\], and the rows are torch.float32 \[8, 3, 8, 8\]"),
+    (ViewsAsList, "views", "augment gives .*tensor"),
+    (ViewsWide, "views", "float64 .*, and the rows are torch.float32"),
+    (ViewsNan, "views", "not finite"),
     (ViewsAnew, "views", "other views when it is called again"),
     (ViewsWithGraph, "views", "rows with a graph"),
     (Undeclared, "outliers", "says needs_outliers = True is kept from one"),

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from weighted_network import WeightedNetwork
 
 from oodcore import registry
 from oodcore.errors import ConfigurationError, OodcoreError
@@ -172,6 +173,9 @@ EXAMPLES: Mapping[tuple[str, str], tuple[Example, ...]] = {
         Example({"layers": ["stage"]}, {"floor": None}),
         Example({"layers": ["stage"], "temperature": 2}, {"floor": None}),
     ),
+    ("scorer", "cac"): (fields(), fields(centers="anchors", alpha=5)),
+    ("scorer", "weighted_energy"): (Example(options={"network": WeightedNetwork}),),
+    ("regularizer", "vos"): (fields(start=0, queue=4, samples=50),),
     ("scorer", "relation"): (fields(), fields(power=4)),
     ("scorer", "ssd"): (fields(), fields(clusters=3)),
     ("scorer", "gmm"): (fields(), fields(shared=True, prior="uniform", unbiased=False)),
