@@ -2,10 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+BENCH := .venv-bench
 OUT ?= runs/demo
-INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+PIP := -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+INSTALL := $(BIN)/python $(PIP)
 
-.PHONY: demo test lint format docs bench clean
+.PHONY: demo test lint format docs bench bench-training clean
 
 demo: $(VENV)/.demo
 	$(BIN)/oodcore demo --out $(OUT)
@@ -26,12 +28,14 @@ docs: $(VENV)/.docs
 	$(BIN)/python docs/generate.py --check
 	$(BIN)/mkdocs build --strict
 
-bench: $(VENV)/.test
-	$(BIN)/python benchmarks/memory.py
-	$(BIN)/python benchmarks/metrics.py
+bench: $(BENCH)/.bench
+	$(BENCH)/bin/python benchmarks/run.py $(BENCH_ARGS)
+
+bench-training: $(VENV)/.test
+	$(BIN)/python benchmarks/training/run.py $(BENCH_ARGS)
 
 clean:
-	rm -rf $(VENV) site dist runs
+	rm -rf $(VENV) $(BENCH) site dist runs
 
 # torch first and by itself, so that nothing else pulls in another build of it.
 $(VENV)/.torch: constraints.txt
@@ -49,4 +53,15 @@ $(VENV)/.test: $(VENV)/.demo
 
 $(VENV)/.docs: $(VENV)/.demo
 	$(INSTALL) --editable '.[cpu,train,docs]'
+	touch $@
+
+# The benchmarks have an environment of their own, for what they compare with is installed there.
+$(BENCH)/.torch: constraints.txt
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python $(PIP) "$$(grep '^torch==' constraints.txt)"
+	touch $@
+
+$(BENCH)/.bench: $(BENCH)/.torch pyproject.toml benchmarks/requirements.txt
+	$(BENCH)/bin/python $(PIP) --editable '.[cpu]'
+	$(BENCH)/bin/python $(PIP) --no-deps --requirement benchmarks/requirements.txt
 	touch $@

@@ -76,7 +76,7 @@ def measured(
     each = [1e6 * timing.seconds(name) / len(train) for name in ("fit", "score")]
     learnt = detector.ready()
     held = size(learnt.scorer) + sum(size(state) for state in learnt.shapers)
-    return [*map(number, each), number(held / 2**20)]
+    return [*map(number, each), f"{held / 2**20:.2f}"]
 
 
 def size(state: Any) -> int:

@@ -88,7 +88,6 @@ def timed(works: Mapping[str, Work], repeats: int, patience: float = PATIENCE) -
             break
         # Forwards and backwards in turn, so that none always follows the same other.
         for name in names if number % 2 == 0 else reversed(names):
-            gc.collect()
             start = time.perf_counter()
             works[name]()
             rounds[name].append(time.perf_counter() - start)
@@ -149,12 +148,11 @@ def _processor() -> str:
 
 
 def number(value: float) -> str:
-    """A number with three digits that count."""
-    if value != value:
-        return "nan"
+    """A number in as many digits as a reader wants."""
     if abs(value) >= 100:
         return f"{value:,.0f}"
-    return f"{value:.3g}" if abs(value) < 0.01 else f"{value:.{2 if abs(value) < 10 else 1}f}"
+    places = 1 if abs(value) >= 10 else 2 if abs(value) >= 0.01 else 4
+    return f"{value:.{places}f}"
 
 
 def seconds(value: float) -> str:

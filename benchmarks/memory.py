@@ -26,8 +26,8 @@ def tables(*, quick: bool = False) -> list[Table]:
         "Fitting on a stream",
         f"Class, norm and logit moments of rows of {WIDTH} numbers in {CLASSES:,} classes, in "
         f"batches of {BATCH:,}: the peak of a process of its own above what it held before, of "
-        f"which at most {LIMIT} MiB are allowed. It holds the statistics (O(K D + K\u00b2 + D\u00b2)) "
-        "and a few batches, whatever the number of rows.",
+        f"which at most {LIMIT} MiB are allowed. Statistics take K D, K² and D² numbers, and "
+        "batches do not pile up.",
         ["rows", "peak, MiB", "rows a second"],
     )
     for rows in counts:

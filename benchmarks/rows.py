@@ -20,8 +20,7 @@ class World:
     def __init__(self, classes: int, width: int, seed: int = 0) -> None:
         self.generator = torch.Generator().manual_seed(seed)
         self.centres = torch.randn(classes, width, generator=self.generator)
-        weight = self.centres - self.centres.mean(dim=0)
-        self.weight = 0.8 * weight / width**0.5
+        self.weight = 0.8 * self.centres / width**0.5
         self.bias = 0.1 * torch.randn(classes, generator=self.generator)
 
     @property

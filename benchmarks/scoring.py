@@ -18,9 +18,29 @@ from oodcore.search import faiss_module
 from oodcore_plugins.networks import resnet18
 
 SCORERS = (
-    "msp max_logit energy entropy margin gen doctor kl_uniform kl_matching gradnorm max_cosine dml "
-    "fdbd nci neco she mahalanobis relative_mahalanobis ssd residual vim pnml"
-).split()
+    "msp",
+    "max_logit",
+    "energy",
+    "entropy",
+    "margin",
+    "gen",
+    "doctor",
+    "kl_uniform",
+    "kl_matching",
+    "gradnorm",
+    "max_cosine",
+    "dml",
+    "fdbd",
+    "nci",
+    "neco",
+    "she",
+    "mahalanobis",
+    "relative_mahalanobis",
+    "ssd",
+    "residual",
+    "vim",
+    "pnml",
+)
 """22 scorers of embeddings and logits that keep no rows."""
 MODEL_BOUND = 1.05
 SEARCH_BOUND = 1.2
@@ -131,7 +151,9 @@ def banks() -> list[str]:
     for kind, cls in registry.all("scorer").items():
         if any(field.is_required() for field in cls.model_fields.values()):
             continue
-        if any(statistic.kind == "bank" for statistic in cls().statistics()):
+        scorer = cls()
+        kept = any(statistic.kind == "bank" for statistic in scorer.statistics())
+        if kept and not scorer.needs() & {"inputs"}:
             found.append(kind)
     return found
 

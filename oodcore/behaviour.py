@@ -44,6 +44,7 @@ class Behaviour:
         """Every tensor that was told of."""
         self._told: dict[Any, int] = {}
         self._alive: list[Any] = []
+        self._open: set[int] = set()
 
     def text(self, value: Any) -> str:
         """A value as JSON."""
@@ -53,17 +54,13 @@ class Behaviour:
         """A value as plain lists, mappings, texts and numbers."""
         if isinstance(value, _PLAIN):
             return value
-        if isinstance(value, list | tuple):
-            return [self.of(item) for item in value]
-        if isinstance(value, Mapping):
-            pairs = [[self.of(key), self.of(item)] for key, item in value.items()]
-            return {"pairs": sorted(pairs, key=lambda pair: json.dumps(pair[0]))}
-        if isinstance(value, set | frozenset):
-            return {"set": sorted(json.dumps(self.of(item)) for item in value)}
+        if isinstance(value, list | tuple | set | frozenset | Mapping):
+            return self._holder(value)
         if isinstance(value, Tensor):
             return self._once(_place(value), value, self._tensor)
         if isinstance(value, np.ndarray):
-            return [str(value.dtype), list(value.shape), _sha256(np.ascontiguousarray(value).data)]
+            inside = self.of(value.tolist()) if value.dtype.hasobject else _sha256(value.tobytes())
+            return [str(value.dtype), list(value.shape), inside]
         if isinstance(value, float | complex | bytes | np.generic | torch.dtype | torch.device):
             return repr(value)
         if isinstance(value, type):
@@ -74,6 +71,21 @@ class Behaviour:
             return value.initial_seed()
         return self._once(id(value), value, self._thing)
 
+    def _holder(self, value: Any) -> Any:
+        """Lists, mappings and sets, which may hold themselves."""
+        if id(value) in self._open:
+            return {"around": type(value).__name__}
+        self._open.add(id(value))
+        try:
+            if isinstance(value, list | tuple):
+                return [self.of(item) for item in value]
+            if isinstance(value, Mapping):
+                pairs = [[self.of(key), self.of(item)] for key, item in value.items()]
+                return {"pairs": sorted(pairs, key=lambda pair: json.dumps(pair[0]))}
+            return {"set": sorted(json.dumps(self.of(item)) for item in value)}
+        finally:
+            self._open.remove(id(value))
+
     def _once(self, place: Any, value: Any, tell: Any) -> Any:
         """What there is to tell of a value, or that it was told before; so circles end."""
         if place in self._told:
@@ -83,6 +95,8 @@ class Behaviour:
         return tell(value)
 
     def _tensor(self, value: Tensor) -> Any:
+        if value.is_meta:
+            return [str(value.dtype), list(value.shape)]
         self.tensors.append(value)
         flat = value.detach()
         if flat.is_quantized:
@@ -204,11 +218,11 @@ def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
     yield from getattr(value, "__dict__", {}).items()
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, list | tuple | set | frozenset):
-        return all(map(_is_plain, value))
+def _is_plain(value: Any, depth: int = 8) -> bool:
     if isinstance(value, Mapping):
-        return all(_is_plain(key) and _is_plain(part) for key, part in value.items())
+        value = [*value, *value.values()]
+    if isinstance(value, list | tuple | set | frozenset):
+        return depth > 0 and all(_is_plain(part, depth - 1) for part in value)
     return isinstance(value, (*_PLAIN, float, complex, bytes, torch.dtype, torch.device))
 
 
@@ -230,7 +244,7 @@ def _is_telling(value: Any) -> bool:
 
 def _place(value: Tensor) -> Any:
     """Equal for tensors that show the same numbers in the same memory."""
-    if value.layout != torch.strided or value.is_quantized or value.device.type == "meta":
+    if value.layout != torch.strided or value.is_quantized or value.is_meta:
         return id(value)
     form = (value.dtype, tuple(value.shape), value.stride(), value.is_conj(), value.is_neg())
     return (value.data_ptr(), value.device, *form) if value.numel() else id(value)

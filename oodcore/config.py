@@ -1,4 +1,4 @@
-"""Configurations: what a file says about a detector or a benchmark, checked.
+"""Configurations: what a file says about a detector, an ensemble or a benchmark, checked.
 
 Paths in a configuration are relative to the working directory, as on a command line.
 """
@@ -6,24 +6,37 @@ Paths in a configuration are relative to the working directory, as on a command 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
-    Discriminator,
     Field,
     NonNegativeInt,
     PositiveInt,
     StringConstraints,
-    Tag,
     ValidationError,
     model_validator,
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from oodcore.component import Component, FilePath, Settings, Slot, canonical, suggestion
+from oodcore.candidates import (
+    Candidate,
+    Combine,
+    Contender,
+    Fault,
+    Item,
+    Joint,
+    Name,
+    Names,
+    Shapers,
+    installed,
+    recipe_faults,
+    titled,
+    weight_faults,
+)
+from oodcore.component import FilePath, Settings, Slot, canonical, suggestion
 from oodcore.data import Source
 from oodcore.document import Document, Route, read
 from oodcore.errors import ConfigurationError
@@ -32,13 +45,16 @@ from oodcore.messages import explain
 from oodcore.open_set import CHOOSES, OpenSet
 from oodcore.plugins import registry
 from oodcore.protocols import Chosen, Separation
-from oodcore.scorer import Scorer, Shaper, check_recipe
+from oodcore.scorer import Scorer
+from oodcore.training_config import TrainingConfig
 
 __all__ = [
     "BenchmarkConfig",
     "Candidate",
     "DetectorConfig",
     "Document",
+    "EnsembleConfig",
+    "Joint",
     "candidates",
     "canonical",
     "explain",
@@ -47,11 +63,7 @@ __all__ = [
 ]
 
 Model = TypeVar("Model", bound=BaseModel)
-Name = Annotated[str, StringConstraints(min_length=1)]
-Names = Annotated[tuple[Name, ...], BeforeValidator(lambda v: tuple(v) if type(v) is list else v)]
-Fault = tuple[Route, str]
 Rows = Annotated[Source, Slot("source")]
-Shapers = tuple[Annotated[Shaper, Slot("shaper")], ...]
 
 
 class Tune(Settings):
@@ -158,33 +170,41 @@ class DetectorConfig(Configuration):
     scorer: Annotated[Scorer, Slot("scorer")]
 
     def _faults(self) -> list[Fault]:
-        return super()._faults() + _recipe_faults(self.scorer, self.shapers, ("scorer",))
+        return super()._faults() + recipe_faults(self.scorer, self.shapers, ("scorer",))
 
 
-class Candidate(Settings):
-    """A detector that takes part in a benchmark.
+class Member(Settings):
+    """A detector in an ensemble.
 
     Args:
-        name: in tables; left out, it is made of the kinds and of the fields that tell it apart.
-        shapers: its own, in place of the benchmark's.
+        extractor: its model; left out, the ensemble's.
+        shapers: its own, in place of the ensemble's.
         scorer: the method.
     """
 
-    name: Name | None = None
+    extractor: Annotated[Extractor, Slot("extractor")] | None = None
     shapers: Shapers | None = None
     scorer: Annotated[Scorer, Slot("scorer")]
 
 
-def _form(item: Any) -> str:
-    if isinstance(item, Candidate):
-        return "(candidate)"
-    return "(candidate)" if isinstance(item, Mapping) and "kind" not in item else "(scorer)"
+class EnsembleConfig(Configuration):
+    """Several detectors as one, and the rows they are fitted and calibrated on.
 
+    Args:
+        extractor: the model of every member that names none.
+        shapers: of every member that names none.
+        members: by name.
+        combine: how their scores become one: a combination without scorers of its own.
+    """
 
-Item = Annotated[
-    Annotated[Scorer, Slot("scorer"), Tag("(scorer)")] | Annotated[Candidate, Tag("(candidate)")],
-    Discriminator(_form),
-]
+    members: Annotated[Mapping[Name, Member], Field(min_length=1)]
+    combine: Combine = Field(default="sum")  # type: ignore[assignment]
+
+    def _faults(self) -> list[Fault]:
+        wrong = super()._faults() + weight_faults(self.combine, len(self.members), ())
+        for name, member in self.members.items():
+            wrong += recipe_faults(member.scorer, member.shapers or (), ("members", name))
+        return wrong
 
 
 class BenchmarkConfig(Configuration):
@@ -192,9 +212,10 @@ class BenchmarkConfig(Configuration):
 
     Args:
         scorer: one method, where a detector's file is used for a benchmark.
-        scorers: the methods, each a scorer or a mapping ``{name, shapers, scorer}``; or
-            ``installed``, every scorer that needs no field.
+        scorers: the methods, each a scorer, a mapping ``{name, shapers, scorer}`` or an ensemble,
+            ``{name, members, combine}``; or ``installed``, every scorer that needs no field.
         models: extractors by name, in place of ``extractor``: everything is done for each.
+        trainings: training runs by name, whose results are models of these names.
         id_test: in-distribution rows to evaluate on.
         ood: rows that are not in-distribution, by name; nearly every protocol needs some.
         protocol: what is measured, a kind or a mapping with a kind.
@@ -206,6 +227,7 @@ class BenchmarkConfig(Configuration):
         Annotated[Mapping[Name, Annotated[Extractor, Slot("extractor")]], Field(min_length=1)]
         | None
     ) = None
+    trainings: Annotated[Mapping[Name, TrainingConfig], Field(min_length=1)] | None = None
     id_test: Rows
     ood: Annotated[Mapping[Name, Rows], Field(min_length=1)] | None = None
     protocol: Chosen = Separation()
@@ -216,19 +238,24 @@ class BenchmarkConfig(Configuration):
             wrong.append((("scorers",), "is needed: a list of scorers, or 'installed'"))
         if self.scorer is not None and self.scorers is not None:
             wrong.append((("scorer",), "is in the way of scorers; keep one of the two"))
-        if self.extractor is not None and self.models is not None:
-            wrong.append((("extractor",), "is in the way of models; keep one of the two"))
+        for title in ("models", "trainings"):
+            if self.extractor is not None and getattr(self, title) is not None:
+                wrong.append((("extractor",), f"is in the way of {title}; keep one of the two"))
+        wrong += self._faults_of_names()
         names: dict[str, int] = {}
         listed = self.scorers if isinstance(self.scorers, tuple) else ()
         for index, candidate in enumerate(self.candidates() if listed else ()):
             route: Route = ("scorers", index)
-            wrong += _recipe_faults(candidate.scorer, candidate.shapers or (), route)
+            if isinstance(candidate, Joint):
+                wrong += candidate.faults(self._common_models(), route)
+            else:
+                wrong += recipe_faults(candidate.scorer, candidate.shapers or (), route)
             first = names.setdefault(str(candidate.name), index)
             if first != index:
                 text = f"'{candidate.name}' is scorers.{first} already; give it another name"
                 wrong.append((route, text))
         if self.scorer is not None:
-            wrong += _recipe_faults(self.scorer, self.shapers, ("scorer",))
+            wrong += recipe_faults(self.scorer, self.shapers, ("scorer",))
         groups = {name: group for group, names in (self.groups or {}).items() for name in names}
         wrong += self.protocol.faults({name: groups.get(name, "") for name in self.ood or ()})
         if isinstance(self.protocol, OpenSet):
@@ -237,20 +264,39 @@ class BenchmarkConfig(Configuration):
                     wrong.append(((title, "classes"), CHOOSES))
         return wrong
 
-    def candidates(self) -> tuple[Candidate, ...]:
-        """The detectors that take part, each with its name and its shapers."""
-        items: tuple[Scorer | Candidate, ...]
+    def _faults_of_names(self) -> list[Fault]:
+        """Trainings whose name is a model's, or no name of a folder."""
+        wrong: list[Fault] = []
+        for name in self.trainings or ():
+            route: Route = ("trainings", name)
+            if name in (self.models or ()):
+                wrong.append((route, "is one of models already; give it another name"))
+            if name.startswith(".") or "\\" in name or PurePath(name).name != name:
+                wrong.append((route, "is to be the name of a folder; give it another name"))
+        return wrong
+
+    def _common_models(self) -> list[str]:
+        """The names of models that an ensemble may use, in every division of the classes."""
+        own = [*(self.models or ()), *(self.trainings or ())]
+        if not isinstance(self.protocol, OpenSet):
+            return own
+        first, *others = [list(split.models or ()) for split in self.protocol.splits.values()]
+        return [name for name in first if all(name in other for other in others)]
+
+    def candidates(self) -> tuple[Contender, ...]:
+        """What takes part, each with its name and its shapers."""
+        items: tuple[Scorer | Contender, ...]
         if self.scorers == "installed":
-            items = _installed()
+            items = installed()
         elif self.scorers is None:
             items = () if self.scorer is None else (self.scorer,)
         else:
             items = self.scorers
-        return _titled(items, self.shapers)
+        return titled(items, self.shapers)
 
 
-def candidates(scorers: Any, shapers: Sequence[Any] = ()) -> tuple[Candidate, ...]:
-    """The detectors that a list of scorers stands for, each with its name and its shapers.
+def candidates(scorers: Any, shapers: Sequence[Any] = ()) -> tuple[Contender, ...]:
+    """What a list of scorers stands for, each with its name and its shapers.
 
     Args:
         scorers: as in ``BenchmarkConfig``; instances are taken too.
@@ -262,37 +308,21 @@ def candidates(scorers: Any, shapers: Sequence[Any] = ()) -> tuple[Candidate, ..
     if isinstance(scorers, str) and scorers != "installed":
         raise ConfigurationError(f"scorers is a list or 'installed', not {scorers!r}")
     built: Any = tuple(registry.build("shaper", shaper) for shaper in shapers)
-    items = _installed() if isinstance(scorers, str) else [_item(item) for item in scorers]
-    titled = _titled(items, built)
-    often = Counter(candidate.name for candidate in titled)
+    items = installed() if isinstance(scorers, str) else [_item(item) for item in scorers]
+    found = titled(items, built)
+    often = Counter(candidate.name for candidate in found)
     if twice := [name for name, times in often.items() if times > 1]:
         raise ConfigurationError(f"scorers: '{twice[0]}' occurs twice; give one another name")
-    return titled
+    return found
 
 
-def _item(item: Any) -> Scorer | Candidate:
-    if isinstance(item, Candidate) or (isinstance(item, Mapping) and "kind" not in item):
-        return item if isinstance(item, Candidate) else validate(Candidate, item)
+def _item(item: Any) -> Scorer | Contender:
+    if isinstance(item, Candidate | Joint):
+        return item
+    if isinstance(item, Mapping) and "kind" not in item:
+        return validate(Joint if "members" in item else Candidate, item)
     scorer: Any = registry.build("scorer", item)
     return scorer  # type: ignore[no-any-return]
-
-
-def _titled(
-    items: Iterable[Scorer | Candidate], shapers: tuple[Shaper, ...]
-) -> tuple[Candidate, ...]:
-    given = [Candidate(scorer=item) if isinstance(item, Scorer) else item for item in items]
-    full = [
-        item if item.shapers is not None else item.model_copy(update={"shapers": shapers})
-        for item in given
-    ]
-    plain = [item.name or _title(item, fields=False) for item in full]
-    often = Counter(plain)
-    return tuple(
-        item.model_copy(update={"name": name if often[name] == 1 else _title(item)})
-        if item.name is None
-        else item
-        for item, name in zip(full, plain, strict=True)
-    )
 
 
 def validate(model: type[Model], data: Document | Mapping[str, Any]) -> Model:
@@ -306,43 +336,3 @@ def validate(model: type[Model], data: Document | Mapping[str, Any]) -> Model:
         return model.model_validate(document.data)
     except ValidationError as error:
         raise ConfigurationError(explain(error, document=document, wanted=model)) from None
-
-
-def _installed() -> tuple[Scorer, ...]:
-    """Every registered scorer that can be made of its kind alone."""
-    scorers = []
-    for cls in registry.all("scorer").values():
-        try:
-            scorer = cls()
-        except ValidationError:
-            continue
-        if isinstance(scorer, Scorer) and not _recipe_faults(scorer, (), ()):
-            scorers.append(scorer)
-    return tuple(scorers)
-
-
-def _recipe_faults(scorer: Scorer, shapers: tuple[Shaper, ...], route: Route) -> list[Fault]:
-    try:
-        check_recipe(scorer, shapers)
-    except ConfigurationError as error:
-        return [(route, str(error).removeprefix("scorer: "))]
-    return []
-
-
-def _title(item: Candidate, fields: bool = True) -> str:
-    parts: list[Component] = [*(item.shapers or ()), item.scorer]
-    return " + ".join(_described(part) if fields else type(part).kind for part in parts)
-
-
-def _described(part: Component) -> str:
-    """A kind and the fields that are not at their default: ``knn(k=50)``."""
-    told = []
-    for name, field in type(part).model_fields.items():
-        value = getattr(part, name)
-        if field.is_required() or value != field.get_default(call_default_factory=True):
-            inner = value if isinstance(value, tuple) else (value,)
-            if inner and all(isinstance(one, Component) for one in inner):
-                told.append(" ".join(_described(one) for one in inner))
-            else:
-                told.append(f"{name}={canonical(value)}")
-    return f"{type(part).kind}({', '.join(told)})" if told else type(part).kind

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from oodcore.errors import ConfigurationError
 from oodcore.features import Features
 from oodcore.packing import versions
 from oodcore.passes import Classes, Seen, fit, score, score_labelled
+from oodcore.picture import Album, Picture
 from oodcore.protocol import Protocol
 from oodcore.protocols import Separation, protocol_of
-from oodcore.provenance import cited, configuration, described, taking_part
+from oodcore.provenance import cited, configuration, described, methods, taking_part
 from oodcore.results import Entry, Results, Scored
 from oodcore.splits import check_outputs, divided
 from oodcore.store import missing_fields
@@ -208,9 +210,10 @@ def compare(study: Study) -> Outcome:
         raise ConfigurationError(f"no detector takes part in every split; left out: {left_out}")
     spent = {name: sum(one.spent[name] for one in seen.values()) for name in common}
     entries = [
-        Entry(name, first.models[name], described(d), cited(d), round(spent[name], 6))
+        Entry(name, first.models[name], described(d), cited(d), round(spent[name], 6), methods(d))
         for name, d in ((name, first.detectors[name]) for name in common)
     ]
+    compared = {entry.model for entry in entries}
     detectors = {
         f"{split}/{name}" if several else name: one.detectors[name]
         for split, one in seen.items()
@@ -228,6 +231,7 @@ def compare(study: Study) -> Outcome:
         protocol=study.protocol,
         configuration=configuration(study, left_out),
         provenance={"plugins": plugins, "seconds": seconds},
+        pictures={model: p for model, p in first.pictures.items() if model in compared},
     )
     return Outcome(results, detectors)
 
@@ -243,6 +247,7 @@ class _Observed:
     seen: Seen
     spent: Mapping[str, float]
     seconds: Mapping[str, float]
+    pictures: Mapping[str, Picture]
 
     def scored(self, names: Sequence[str]) -> Scored:
         """What some of the detectors said."""
@@ -258,9 +263,12 @@ class _Observed:
 def _observed(study: Study) -> _Observed:
     """Fit, calibrate and score everything in a study whose classes are not divided further."""
     detectors, models, left_out = _detectors(study)
+    seed = int(study.options.get("seed", 0))
+    album = Album(seed)
     began = time.perf_counter()
+    learn = partial(fit, data=study.train, held_out=study.held_out, classes=study.classes)
     try:
-        fit(detectors, study.train, study.held_out, classes=study.classes)
+        learn(detectors, watch=album.training)
     except Exception as error:
         failed = _failing(detectors, study) if study.installed else {}
         if not failed or len(failed) == len(detectors):
@@ -269,7 +277,8 @@ def _observed(study: Study) -> _Observed:
         log.debug("the comparison failed first", exc_info=error)
         left_out |= failed
         detectors = {name: one for name, one in detectors.items() if name not in failed}
-        fit(detectors, study.train, study.held_out, classes=study.classes)
+        album = Album(seed)
+        learn(detectors, watch=album.training)
     fitted = time.perf_counter()
     if study.calibrate is not None:
         for name, normal in score(detectors, study.calibrate).items():
@@ -278,13 +287,14 @@ def _observed(study: Study) -> _Observed:
             detectors[name].calibration = calibration
             detectors[name].false_alarm_rate = study.false_alarm_rate
     spent: dict[str, float] = {}
-    seen = score_labelled(detectors, study.id_test, spent)
+    seen = score_labelled(detectors, study.id_test, spent, album.of("id_test"))
     scores = {name: {"id_test": seen.scores[name]} for name in detectors}
     for title, rows in study.ood.items():
-        for name, values in score(detectors, rows, spent).items():
+        for name, values in score(detectors, rows, spent, album.of(title)).items():
             scores[name][title] = values
     seconds = {"fitting": fitted - began, "scoring": time.perf_counter() - fitted}
-    return _Observed(detectors, models, left_out, scores, seen, spent, seconds)
+    pictures = album.pictures(models, "id_test")
+    return _Observed(detectors, models, left_out, scores, seen, spent, seconds, pictures)
 
 
 def _group_of(study: Study) -> dict[str, str]:

@@ -26,10 +26,18 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 Classes = int | Sequence[int] | None
+Watch = Callable[[Sequence[str], Features], None]
+"""What looks on while rows pass: at the names of the detectors of a model, and a batch of its
+features, before any shaper."""
 
 
 def fit(
-    detectors: Mapping[str, Detector], data: Any, held_out: Any = None, *, classes: Classes = None
+    detectors: Mapping[str, Detector],
+    data: Any,
+    held_out: Any = None,
+    *,
+    classes: Classes = None,
+    watch: Watch | None = None,
 ) -> None:
     """Fit many detectors in the same passes: a model sees each row once, however many use it.
 
@@ -38,6 +46,7 @@ def fit(
         data: as in ``Detector.fit``.
         held_out: as in ``Detector.fit``.
         classes: as in ``Detector.fit``.
+        watch: looks at the rows to fit on as they go by, once each.
 
     Raises:
         ConfigurationError, DataError: as ``Detector.fit``; no detector is changed then.
@@ -52,7 +61,7 @@ def fit(
             count = _largest_label(data, reader)
         recipes = {name: detector.recipe for name, detector in group.items()}
         fitting = Fitting(recipes, count, held_out is not None)
-        _fold([fitting], reader, data, held_out)
+        _fold([fitting], reader, data, held_out, _named(watch, group))
         learnt = fitting.finish(_reread(fitting, reader, data, held_out))
         weights = reader.weights()
         done += [(group[name], learnt[name], fitting, name, weights) for name in group]
@@ -93,7 +102,10 @@ def _equally_far(group: Mapping[str, Detector]) -> list[dict[str, Detector]]:
 
 
 def score(
-    detectors: Mapping[str, Detector], data: Any, spent: dict[str, float] | None = None
+    detectors: Mapping[str, Detector],
+    data: Any,
+    spent: dict[str, float] | None = None,
+    watch: Watch | None = None,
 ) -> dict[str, Array]:
     """The scores of many detectors, ``[N]`` float64 each, from one pass of each model.
 
@@ -101,12 +113,13 @@ def score(
         detectors: by name.
         data: as in ``Detector.score``.
         spent: to which the seconds are added that each detector's scorer takes.
+        watch: looks at the rows as they go by, once each.
 
     Raises:
         NotFittedError: a detector that has not learnt what it needs.
         DataError: rows that cannot be scored.
     """
-    return _numpy(_scores(by_model(detectors), data, lambda _features: None, spent))
+    return _numpy(_scores(by_model(detectors), data, spent, watch))
 
 
 @dataclass(frozen=True)
@@ -123,7 +136,10 @@ class Seen:
 
 
 def score_labelled(
-    detectors: Mapping[str, Detector], data: Any, spent: dict[str, float] | None = None
+    detectors: Mapping[str, Detector],
+    data: Any,
+    spent: dict[str, float] | None = None,
+    watch: Watch | None = None,
 ) -> Seen:
     """Scores, and which rows each detector's model classifies as labelled.
 
@@ -138,11 +154,13 @@ def score_labelled(
     for group in groups:
         correct: list[Tensor] = []
 
-        def look(features: Features, correct: list[Tensor] = correct) -> None:
+        def look(names: Sequence[str], features: Features, correct: list[Tensor] = correct) -> None:
+            if watch is not None:
+                watch(names, features)
             if features.labels is not None and features.logits is not None:
                 correct.append((features.predicted == features.labels).cpu())
 
-        scores.update(_numpy(_scores([group], data, look, spent)))
+        scores.update(_numpy(_scores([group], data, spent, look)))
         if correct:
             every = torch.cat(correct).numpy()
             accuracy.update(dict.fromkeys(group, float(every.mean())))
@@ -154,8 +172,8 @@ def score_labelled(
 def _scores(
     groups: list[dict[str, Detector]],
     data: Any,
-    look: Callable[[Features], None],
     spent: dict[str, float] | None = None,
+    watch: Watch | None = None,
 ) -> dict[str, list[Tensor]]:
     _refuse_reading_twice(groups, data)
     columns: dict[str, list[Tensor]] = {name: [] for group in groups for name in group}
@@ -164,7 +182,8 @@ def _scores(
         places = {name: detector.place(learnt[name]) for name, detector in group.items()}
         needs = frozenset[str]().union(*(d.recipe.needs() for d in group.values()))
         for features in features_of(_reader(group), data, needs, "scoring"):
-            look(features)
+            if watch is not None:
+                watch(list(group), features)
             shared: dict[str, Features] = {}
             for name, detector in group.items():
                 detector.check_shape(features)
@@ -242,10 +261,23 @@ def _features(model: FeatureModel | CachedModel | None, batch: Batch | Features)
     return Features(embeddings=batch.inputs.double(), labels=batch.labels, ids=batch.ids)
 
 
-def _fold(fittings: list[Fitting], reader: Detector, data: Any, held_out: Any) -> None:
+def _named(watch: Watch | None, group: Mapping[str, Detector]) -> Callable[[Features], None]:
+    """What looks at the features of one group."""
+    names = list(group)
+    return lambda features: None if watch is None else watch(names, features)
+
+
+def _fold(
+    fittings: list[Fitting],
+    reader: Detector,
+    data: Any,
+    held_out: Any,
+    look: Callable[[Features], None] = lambda features: None,
+) -> None:
     """Stream data (and held-out rows) through a model into fittings that are equally far."""
     needs = frozenset[str]().union(*(fitting.needs() for fitting in fittings))
     for features in features_of(reader, data, needs, "fitting", fittings[0].rows):
+        look(features)
         for fitting in fittings:
             fitting.update(features)
     if held_out is not None and any(fitting.holds_out for fitting in fittings):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ from oodcore.data import Source, Stream
 from oodcore.detector import Detector
 from oodcore.extractor import FeatureModel
 from oodcore.plugins import registry
+from oodcore.records import Method
 
 if TYPE_CHECKING:
     from oodcore.evaluation import Study
@@ -44,6 +47,18 @@ def cited(detector: Detector) -> str | None:
     """The papers behind a detector."""
     papers = [part.paper for part in (*detector.shapers, detector.scorer) if part.paper]
     return " ".join(str(paper) for paper in dict.fromkeys(papers)) or None
+
+
+def methods(detector: Detector) -> tuple[Method, ...]:
+    """What a detector's components compute and where that is from: shapers, then the scorer."""
+    parts = [one for part in (*detector.shapers, detector.scorer) for one in part.walk()]
+    return tuple(dict.fromkeys(Method(p.slot, p.kind, about(type(p)), p.paper) for p in parts))
+
+
+def about(cls: type[Component]) -> str:
+    """A component's docstring without the list of its fields."""
+    text = inspect.cleandoc(cls.__doc__ or "")
+    return re.sub(r"^Args:\n(?: {4}.*\n?|\n)*", "", text, flags=re.MULTILINE).strip()
 
 
 def configuration(study: Study, left_out: Mapping[str, str]) -> dict[str, Any]:

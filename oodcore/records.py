@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
 from pydantic import ConfigDict
 
+from oodcore.component import Paper
 from oodcore.errors import ConfigurationError
 
 ID = "id"
@@ -19,6 +20,33 @@ MEAN, POOLED, ALL = "mean", "pooled", "all"
 every OOD set."""
 
 STRICT = ConfigDict(extra="forbid", strict=True)
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a component of a detector computes, in its author's words, and where that is from.
+
+    Args:
+        slot: that the component fills.
+        kind: its name in configurations.
+        about: its docstring, without the list of its fields.
+        paper: the source, if it has one.
+
+    Raises:
+        ConfigurationError: a text that cannot be written.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    slot: str
+    kind: str
+    about: str = ""
+    paper: Paper | None = None
+
+    def __post_init__(self) -> None:
+        printable(self.kind, "a method")
+        words = [self.about, *(asdict(self.paper).values() if self.paper else ())]
+        plain_json(words, f"what is said of {self.kind}")
 
 
 @dataclass(frozen=True)
@@ -32,6 +60,7 @@ class Entry:
         citation: of the paper behind it.
         seconds: that its scorer took for the rows of all sets together, without the passes through
             the model and the shapers, which detectors share.
+        methods: its shapers and scorer, and what these are made of.
 
     Raises:
         ConfigurationError: a name that cannot be printed, a configuration that is not plain JSON.
@@ -44,6 +73,7 @@ class Entry:
     configuration: Mapping[str, Any] = field(default_factory=dict)
     citation: str | None = None
     seconds: float | None = None
+    methods: tuple[Method, ...] = ()
 
     def __post_init__(self) -> None:
         printable(self.name, "a detector")

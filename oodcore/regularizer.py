@@ -287,7 +287,11 @@ class Regularizer(Component):
     weight: NonNegativeFloat = 1.0
 
     def prepare_model(self, model: TrainModel, run: Run) -> TrainModel:
-        """Edit ``model.head`` or ``model.branches``; also called when a finished run is loaded."""
+        """Edit ``model.head`` or ``model.branches``.
+
+        Also called when a finished run is loaded, and for a run that starts from the weights of
+        another, whose network has the head of that one already.
+        """
         return model
 
     def build(self, run: Run) -> nn.Module | None:
@@ -318,6 +322,8 @@ class Regularizer(Component):
 
         Returns:
             Rows ``[M, ...]`` that join the one forward and come back as ``step.extra``, or None.
+            Those of a class with ``replaces_batch`` pass in place of the batch, as many, and their
+            features are ``step.features``; ``step.inputs`` stay those of the data.
         """
         return None
 

@@ -21,6 +21,7 @@ from oodcore.errors import ConfigurationError
 from oodcore.figures import Figure
 from oodcore.measuring import Scored, measure
 from oodcore.metrics import METRICS
+from oodcore.picture import Picture
 from oodcore.protocol import Protocol
 from oodcore.protocols import Separation
 from oodcore.records import (
@@ -31,6 +32,7 @@ from oodcore.records import (
     STRICT,
     DataSet,
     Entry,
+    Method,
     Row,
     known_names,
     plain_json,
@@ -50,6 +52,7 @@ __all__ = [
     "SCHEMA",
     "DataSet",
     "Entry",
+    "Method",
     "Results",
     "Row",
     "Scored",
@@ -72,6 +75,7 @@ class Results:
             and whatever else was recorded.
         protocol: what was measured: its kind, its fields, and its ``meaning`` in a sentence.
         repeats: what the repeats of a protocol are called: draws, or divisions of the classes.
+        pictures: of the embeddings, by model; of several divisions of the classes, the first one's.
 
     Raises:
         ConfigurationError: parts that do not fit together.
@@ -87,6 +91,7 @@ class Results:
     provenance: Mapping[str, Any]
     protocol: Mapping[str, Any] = field(default_factory=lambda: _recorded(Separation()))
     repeats: tuple[str, ...] = ()
+    pictures: Mapping[str, Picture] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("configuration", "provenance", "protocol"):
@@ -154,6 +159,7 @@ class Results:
         protocol: Protocol | None = None,
         configuration: Mapping[str, Any] | None = None,
         provenance: Mapping[str, Any] | None = None,
+        pictures: Mapping[str, Picture] | None = None,
     ) -> Results:
         """As ``from_scores``, of several divisions of the classes, each with its own rows.
 
@@ -161,6 +167,7 @@ class Results:
             entries: the detectors, the same in every split.
             splits: what they said in each, by the split's name.
             id_name: as in ``from_scores``; so are the others.
+            pictures: of the embeddings, by model.
 
         Raises:
             ConfigurationError, DataError: as ``from_scores``.
@@ -191,6 +198,7 @@ class Results:
             {"versions": versions(), **rows, **(provenance or {})},
             _recorded(protocol),
             repeats,
+            dict(pictures or {}),
         )
 
     @property
@@ -373,6 +381,11 @@ def _check(results: Results) -> None:
     if len(results._found) != len(results.rows):
         raise ConfigurationError("a metric is given twice for the same detector and data")
     same_names("detectors and figures", detectors, results.figures)
+    known_names("model with a picture", results.pictures, set(detectors.values()))
+    for name, picture in results.pictures.items():
+        same_names(f"points in the picture of {name or 'the model'}", data, picture.points)
+        if not picture.sound():
+            raise ConfigurationError(f"the picture of {name or 'the model'} is damaged")
     for name, figure in results.figures.items():
         same_names(f"histograms of {name}", data, figure.counts)
         same_names(f"ROC curves of {name}", list(data)[1:], figure.roc)

@@ -19,7 +19,7 @@ from oodcore.metrics import METRICS
 if TYPE_CHECKING:
     from oodcore.results import Results
 
-SCHEMA = 2
+SCHEMA = 3
 COLUMNS = ("detector", "model", "data", "group", "metric", "value", "sd")
 """Of results.csv: a row's fields, and its standard deviation over the repeats."""
 

@@ -177,8 +177,9 @@ class RunFolder:
         weights = self.path / WEIGHTS
         if hashlib.sha256(weights.read_bytes()).hexdigest() != seal.fingerprint:
             raise ArtifactError(f"{weights} is not the file that the run wrote; it is damaged")
-        target = f"the network of {self.path / CONFIG}" if network is None else "this network"
+        target = "the network that starts from it"
         if network is None:
+            target = f"the network of {self.path / CONFIG}"
             network = blueprint.network.build(seal.seed)
         model = TrainModel(network, seal.head)
         run = Run(model=model, **{name: getattr(seal, name) for name in SHAPE})

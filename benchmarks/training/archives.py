@@ -1,4 +1,4 @@
-"""Images from an archive that the user names, so few and so small that two cores can train on them."""
+"""Images from an archive that the user names, few and small enough to train on with two cores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Networks trained in different ways on some of the classes, and how well each score tells the rest.
+"""Networks trained in different ways on some of the classes, and how well scores tell the rest.
 
 Every number comes from rows of the test part; nothing is chosen by them.
 """
@@ -6,7 +6,7 @@ Every number comes from rows of the test part; nothing is chosen by them.
 from __future__ import annotations
 
 import json
-import logging
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -38,8 +38,6 @@ SCORERS = {
 MODEL_METRICS = ("accuracy", "ece", "aurc", "wfc", "cfc")
 CHOOSING_SEED = 100
 
-log = logging.getLogger("oodcore")
-
 
 def rows(task: Task, folder: Path) -> list[Row]:
     """A row for each division, seed and method; what an earlier run has left is not done again.
@@ -49,8 +47,8 @@ def rows(task: Task, folder: Path) -> list[Row]:
     """
     kept = Kept(folder / "rows.jsonl")
     rates = {method: chosen(task, method, folder, kept) for method in task.methods}
-    for division in task.known:
-        for seed in task.seeds:
+    for seed in task.seeds:
+        for division in task.known:
             runs = {}
             for method in task.methods:
                 where = folder / "runs" / f"{division}-{seed}" / method
@@ -62,7 +60,7 @@ def rows(task: Task, folder: Path) -> list[Row]:
                 if not kept.has(key):
                     found = measured(task, division, where)
                     kept.add({**key, "rate": rates[method], "seconds": round(seconds, 2), **found})
-                    log.warning("%s: %s", task.name, kept.rows[-1])
+                    sys.stderr.write(f"{task.name} {division} {seed} {method}: {seconds:.1f} s\n")
             key = {"method": "dml_plus", "division": division, "seed": seed}
             if runs.keys() >= PARTS_OF_PLUS.keys() and not kept.has(key):
                 kept.add({**key, **plus(task, division, runs)})
@@ -92,7 +90,8 @@ def chosen(task: Task, method: str, folder: Path, kept: Kept) -> float:
                 kept.add({**key, "accuracy": round(float(value), 6)})
             accuracies.append(kept.find(key)["accuracy"])
         means.append(np.mean(accuracies))
-    log.warning("%s: %s", method, dict(zip(task.rates, np.round(means, 4), strict=True)))
+    said = ", ".join(f"{r}: {m:.4f}" for r, m in zip(task.rates, means, strict=True))
+    sys.stderr.write(f"{task.name} {method}: accuracy on held-out rows by learning rate: {said}\n")
     return task.rates[int(np.argmax(means))]
 
 

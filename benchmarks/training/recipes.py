@@ -114,7 +114,8 @@ def regularizers(method: str, epochs: int, rate: float) -> list[Config]:
     def at(epoch: int) -> int:
         return round(epoch * epochs / LENGTH)
 
-    swa = {"kind": "swa", "lr": rate / 2, "start": at(120), "anneal": max(1, at(10))}
+    start = min(at(120), epochs - 1)
+    swa = {"kind": "swa", "lr": rate / 2, "start": start, "anneal": max(1, at(10))}
     starts = [at(60), max(at(80), at(60) + 1)]
     parts: dict[str, list[Config]] = {
         "cross_entropy": [],

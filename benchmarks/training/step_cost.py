@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -64,5 +65,5 @@ def step_seconds(parts: list[Config], network: Config, folder: Path) -> float:
 
     config = installed.training(parts, network=network, size=SIZE, batch=BATCH)
     train(config, folder, overwrite=True, on_progress=note, stop_after=STEPS)
-    steps = [after - before for before, after in zip(ends, ends[1:], strict=False)]
+    steps = [after - before for before, after in pairwise(ends)]
     return median(steps[WARM - 1 :])

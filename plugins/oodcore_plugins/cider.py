@@ -36,7 +36,8 @@ class Cider(oodcore.Regularizer):
 
     The paper trains without a classifier and fits a linear one afterwards. Here that happens on the
     way: the classification loss trains the head alone, for the head passes no gradient on to the
-    embeddings while the network is trained. ``joint`` lets it pass.
+    embeddings while the network is trained. Nor does it for terms of other regularizers that read
+    the logits. ``joint`` lets it pass.
 
     Departures. The published code passes two augmented views of each row and takes both for rows;
     here each row has one. It divides compactness by 0.07 where t is meant, which for t = 0.1 is a

@@ -90,7 +90,8 @@ class Objectosphere(oodcore.Regularizer):
         # The square needs no root, whose slope at the origin is undefined.
         unknown = required(outliers.embeddings, "embeddings").square().sum(dim=1)
         short = (self.radius - known).clamp_min(0).square().mean()
-        return uniform_cross_entropy(outliers) + self.magnitude_weight * (short + unknown.mean())
+        magnitudes: Tensor = short + unknown.mean()
+        return uniform_cross_entropy(outliers) + self.magnitude_weight * magnitudes
 
 
 def outliers_of(step: oodcore.Step) -> Features:

@@ -73,8 +73,9 @@ def percentile(values: Tensor, percent: float) -> float:
     high = min(low + 1, len(flat) - 1)
     below, around = _around(flat, low, high)
     ordered = np.partition(around.numpy(), [low - below, high - below])
-    share = place - low
-    return float(ordered[low - below]) * (1 - share) + float(ordered[high - below]) * share
+    first, second = float(ordered[low - below]), float(ordered[high - below])
+    # Between equal numbers it must be that number: rows that have it are compared with it.
+    return first + (second - first) * (place - low)
 
 
 def _around(flat: Tensor, low: int, high: int) -> tuple[int, Tensor]:

@@ -48,6 +48,21 @@ class RunExtractor(Extractor):
         return (RunFolder(self.path).blueprint().network.factory,)
 
 
+class _Sequence(nn.Module):
+    """The parts of a ``Sequential`` one after another; what is added later takes no part."""
+
+    def __init__(self, parts: nn.Sequential) -> None:
+        super().__init__()
+        for name, part in parts.named_children():
+            self.add_module(name, part)
+        self._order = tuple(self._modules)
+
+    def forward(self, inputs: Any) -> Any:
+        for name in self._order:
+            inputs = self._modules[name](inputs)  # type: ignore[misc]
+        return inputs
+
+
 class _Beside:
     """A forward hook of the head that has the branches see the embeddings as well."""
 
@@ -62,12 +77,15 @@ class _Beside:
 def _branched(model: TrainModel) -> nn.Module:
     """The network, with the branches as layers of its own."""
     network, branches = model.network, dict(model.branches.items())
-    for name, branch in branches.items():
+    for name in branches:
         if hasattr(network, name):
             raise ConfigurationError(
                 f"the network has a layer '{name}' already, so the branch '{name}' cannot be told "
                 "from it; rename that layer"
             )
+    if branches and type(network).forward is nn.Sequential.forward:
+        network = _Sequence(network)  # type: ignore[arg-type]
+    for name, branch in branches.items():
         network.add_module(name, branch)
     if branches:
         model.head.register_forward_hook(_Beside(list(branches.values())))

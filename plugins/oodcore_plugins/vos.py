@@ -203,7 +203,8 @@ class Queues(nn.Module):
         shape = (classes, select, width)
         noise = torch.randn(shape, generator=generator, device=rows.device, dtype=rows.dtype)
         steps = lengths[:, :, None] * noise / noise.norm(dim=2, keepdim=True)
-        return (means[:, None] + steps @ factor.T).flatten(0, 1)
+        drawn: Tensor = means[:, None] + steps @ factor.T
+        return drawn.flatten(0, 1)
 
 
 class WeightedEnergy(oodcore.Scorer):

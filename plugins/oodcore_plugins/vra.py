@@ -93,7 +93,8 @@ def percentiles(rows: Tensor, percent: float) -> Tensor:
     low = int(place)
     high = min(low + 1, len(rows) - 1)
     ordered = np.partition(rows.numpy(), [low, high], axis=0)
-    return torch.from_numpy(ordered[low] * (1 - (place - low)) + ordered[high] * (place - low))
+    # Between equal numbers it must be that number: rows that have it are compared with it.
+    return torch.from_numpy(ordered[low] + (ordered[high] - ordered[low]) * (place - low))
 
 
 @hookimpl

@@ -359,6 +359,9 @@ def test_values_that_contain_themselves_come_to_an_end() -> None:
     net = network()
     net.itself, friend = [net], MLP()
     friend.friend, net.friends = [net], [friend]
+    net.ring = {}  # type: ignore[assignment]
+    net.ring["ring"] = [net.ring]  # type: ignore[operator, index]
+    net.words, net.days = np.array(["a", net], object), np.array(["2024-01-01"], "datetime64[D]")  # type: ignore[assignment]
     net.partial, net.again = {"a": lambda x: net(x)}, net.fc
     assert "again" in Behaviour().text(FeatureModel.wrap(net))
 

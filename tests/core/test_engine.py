@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from toy_runs import ALL, Mix, Net, Replacing
+from toy_runs import ALL, Clusters, Mix, Net, Replacing
 
 from oodcore import Memory, Regularizer, Run
+from oodcore.data import Batch
 from oodcore.engine import Engine
 from oodcore.errors import ConfigurationError, DataError
 from oodcore.regularizer import TrainModel
@@ -237,6 +238,137 @@ def test_rows_of_another_kind_cannot_join():
     begin(engine)
     with pytest.raises(DataError, match="Tensor, dict"):
         engine.total()
+
+
+class Doubled(Regularizer):
+    """Views of the rows, from what came before, the rows of the data and a draw."""
+
+    kind = "b_doubled"
+
+    def augment(self, inputs, step):
+        VIEWS.append((inputs.clone(), step.inputs.clone()))
+        return 2 * inputs + torch.rand((), generator=step.generator)
+
+
+class Shifted(Doubled):
+    kind = "a_shifted"
+
+    def augment(self, inputs, step):
+        VIEWS.append((inputs.clone(), step.inputs.clone()))
+        return inputs + 1
+
+
+class Seeing(Regularizer):
+    """Notes the rows that the other hooks are told of."""
+
+    kind = "c_seeing"
+
+    def before(self, step, state):
+        VIEWS.append(step.inputs)
+
+    def loss(self, step, state):
+        VIEWS.append(step.inputs)
+
+
+VIEWS: list = []
+
+
+def test_views_are_made_of_views_and_are_the_batch_of_everyone():
+    VIEWS.clear()
+    engine = engine_of(Doubled(), Shifted(), Seeing())
+    begin(engine)
+    engine.total()
+    engine.total()
+    clean = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    (shifted, of_data), (doubled, of_data_too), *seen = VIEWS
+    for rows in (shifted, of_data, of_data_too):
+        assert torch.equal(rows, clean)
+    assert torch.equal(doubled, clean + 1)
+    assert len(seen) == 3
+    assert all(rows is seen[0] for rows in seen)
+    drawn = seen[0] - 2 * (clean + 1)
+    assert 0 < float(drawn[0, 0]) < 1
+    torch.testing.assert_close(drawn, drawn[:1, :1].expand(4, 6))
+    wanted = engine.run.model(seen[0]).logits
+    torch.testing.assert_close(engine._steps["c_seeing"].features.logits, wanted)
+
+
+def test_views_of_what_is_switched_off_are_not_made():
+    VIEWS.clear()
+    begin(engine_of(Doubled(weight=0), Seeing()))
+    clean = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(VIEWS[0], clean)
+
+
+class Instead(Regularizer):
+    """Other rows in place of the batch, with a graph of its own module."""
+
+    kind = "instead"
+    replaces_batch = True
+    rows: int = 4
+
+    def build(self, run):
+        state = Memory()
+        state.net = nn.Linear(6, 6)
+        return state
+
+    def before(self, step, state):
+        return state.net(step.inputs)[: self.rows] if self.rows else None
+
+
+def test_the_batch_may_be_replaced_and_is_told_of_as_it_was():
+    VIEWS.clear()
+    engine = engine_of(Instead(), Seeing(), Generated())
+    begin(engine)
+    engine.total().backward()
+    engine.total().backward()
+    clean = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    assert all(torch.equal(rows, clean) for rows in VIEWS)
+    state = engine.states["instead"]
+    wanted = engine.run.model(torch.cat([state.net(clean), engine._extra["generated"]])).logits
+    features = engine._steps["instead"].features
+    torch.testing.assert_close(features.logits, wanted[:4])
+    assert features.ids.tolist() == [0, 1, 2, 3]
+    assert len(engine._steps["generated"].extra) == 4
+    assert engine._steps["instead"].extra is None
+    assert state.net.weight.grad is None
+
+
+def test_a_batch_that_is_not_replaced_is_the_one_of_the_data():
+    engine, plain = engine_of(Instead(rows=0)), engine_of()
+    for each in (engine, plain):
+        begin(each)
+    assert torch.equal(engine.total(), plain.total())
+
+
+class Cut(Regularizer):
+    kind = "cut"
+
+    def augment(self, inputs, step):
+        return inputs[:3]
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (Cut(), "cut: augment gives 3 rows in place of the 4 of the batch"),
+        (Instead(rows=2), "instead: before gives 2 rows in place of the 4 of the batch"),
+    ],
+)
+def test_rows_in_place_of_the_batch_are_as_many(part, message):
+    with pytest.raises(ConfigurationError, match=message):
+        begin(engine_of(part))
+
+
+def test_collapse_is_measured_where_rows_are_given():
+    engine = steps(engine_of(), 2)
+    rows = Clusters(rows=9).open()
+    engine.close(None, [Batch(rows.inputs, rows.labels, None)])
+    steps(engine, 2).close(None)
+    first, second = engine.history
+    assert first["collapse/wfc"] > 0
+    assert first["collapse/cfc"] > 0
+    assert not any(name.startswith("collapse") for name in second)
 
 
 def test_a_state_goes_to_a_run_of_the_same_size_alone():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import weakref
 from collections.abc import Iterator
 
 import numpy as np
@@ -387,6 +388,28 @@ def assert_holds(rows: Rows, expected: Tensor) -> None:
     if len(expected):
         numbers = torch.tensor([[len(expected) - 1, 0], [len(expected) // 2, 0]])
         assert torch.equal(rows[numbers].double(), expected[numbers].double())
+
+
+def test_rows_that_are_put_together_let_go_of_their_parts():
+    parts = [index._Segment(random(5, 3, seed), loose=True) for seed in range(4)]
+    expected = torch.cat([part.values for part in parts])
+    kept = [weakref.ref(part.values) for part in parts]
+    whole = index._in_memory(parts)
+    assert torch.equal(whole.values, expected)
+    assert all(part() is None for part in kept)
+
+
+def test_rows_are_not_lost_where_putting_them_together_fails():
+    rows, batches = Rows((3,)), [random(5, 3, seed) for seed in range(4)]
+    for batch in batches:
+        rows.append(batch)
+    good = rows._segments[1]
+    rows._segments[1] = index._Segment(torch.zeros(5, 2, dtype=torch.float64), loose=True)
+    with pytest.raises(RuntimeError):
+        rows.tensor()
+    broken = next(n for n, part in enumerate(rows._segments) if part.values.shape == (5, 2))
+    rows._segments[broken] = good
+    assert torch.equal(rows.tensor(), torch.cat(batches))
 
 
 @settings(max_examples=60, deadline=None)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from toy_runs import ALL, STEPS, Clusters, config_of, registered, same, weights
+from toy_runs import ALL, STEPS, Clusters, config_of, net, registered, same, weights
 
 from oodcore.errors import ArtifactError, ConfigurationError
 from oodcore.run_folder import RunFolder
@@ -157,3 +157,14 @@ def test_a_network_that_lost_its_head_is_told(tmp_path):
 def test_metrics_that_an_epoch_lacks_are_empty_cells(tmp_path):
     RunFolder(tmp_path).write_metrics([{"epoch": 0, "a": 0.5}, {"epoch": 1, "b": 0.25}])
     assert (tmp_path / "metrics.csv").read_text() == "epoch,a,b\n0,0.5,\n1,,0.25\n"
+
+
+def test_weights_may_go_into_another_network(tmp_path):
+    out = train(config_of(epochs=1), tmp_path / "run")
+    network = net(dropout=0.0)
+    model, _ = RunFolder(out).load(network)
+    assert model.network is network
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, weights(out)[f"network.{name}"])
+    with pytest.raises(ArtifactError, match="does not fit the network that starts from it"):
+        RunFolder(out).load(net(classes=4))

@@ -55,6 +55,17 @@ def drawn(
     )
 
 
+@pytest.mark.parametrize("width", [127, 128, 129, 300])
+def test_the_scatter_of_wide_rows_is_whole(width: int) -> None:
+    rows = drawn(40, width=width, offset=3.0)
+    moments = ClassMoments().view(taken(ClassMoments(), [rows[:13], rows[13:14], rows[14:]], rows))
+    assert rows.embeddings is not None
+    assert rows.labels is not None
+    inside = rows.embeddings - moments.mean[rows.labels]
+    assert torch.equal(moments.scatter, moments.scatter.T)
+    torch.testing.assert_close(moments.scatter, inside.T @ inside, rtol=1e-10, atol=1e-10)
+
+
 def shape(rows: Features) -> Shape:
     assert rows.logits is not None
     assert rows.embeddings is not None

@@ -127,6 +127,23 @@ def test_every_term_is_logged_under_its_kind(whole):
         assert row["loss/total"] == pytest.approx(total, rel=1e-5)
 
 
+def test_collapse_is_measured_after_every_epoch_and_changes_nothing(tmp_path, whole):
+    config = config_of(*ALL, validation=Clusters(seed=1), collapse=True)
+    out = train(config, tmp_path / "run")
+    assert same(weights(out), weights(whole))
+    rows = metrics(out)
+    assert len(rows) == EPOCHS
+    assert all(row["collapse/wfc"] > 0 and row["collapse/cfc"] > 0 for row in rows)
+    assert json.loads((out / "run.json").read_text())["metrics"] == rows[-1]
+
+
+def test_collapse_without_a_measure_leaves_an_empty_cell(tmp_path):
+    config = config_of(network={"factory": "toy_runs:blind"}, collapse=True, outliers=None)
+    out = train(config, tmp_path / "run")
+    assert all("collapse/wfc" not in row for row in metrics(out))
+    assert json.loads((out / "run.json").read_text())["metrics"]["epoch"] == EPOCHS - 1
+
+
 def test_the_data_is_asked_for_each_row_once_an_epoch(tmp_path):
     opened = []
 

@@ -18,9 +18,29 @@ from toy_runs import (
     registered,
 )
 
+from oodcore import Regularizer
 from oodcore.config import validate
 from oodcore.errors import ConfigurationError
 from oodcore.training_config import NetworkConfig, OptimizerConfig, TrainingConfig
+
+
+class Headed(Regularizer):
+    kind = "headed"
+    replaces_head = True
+
+
+class HeadedToo(Headed):
+    kind = "also_headed"
+
+
+class Batched(Regularizer):
+    kind = "batched"
+    replaces_batch = True
+
+
+class BatchedToo(Batched):
+    kind = "also_batched"
+
 
 REFUSED = {
     "same kind": ({"regularizers": [Mix(), Mix(weight=2)]}, "mix is there more than once"),
@@ -28,6 +48,16 @@ REFUSED = {
         {"regularizers": [Replacing(), ReplacingToo()]},
         "also_replacing and replacing each replace the classification loss",
     ),
+    "two heads": (
+        {"regularizers": [Headed(), HeadedToo()]},
+        "also_headed and headed each replace the head; a run has at most one that does",
+    ),
+    "two batches": (
+        {"regularizers": [Batched(), BatchedToo()]},
+        "also_batched and batched each replace the rows of the batch",
+    ),
+    "accumulated gradients": ({"accumulate": 2}, "accumulate: unknown field"),
+    "collapse": ({"collapse": 1}, "collapse"),
     "no outliers": (
         {"regularizers": [Everything()], "outliers": None},
         "everything needs outliers",
@@ -59,6 +89,7 @@ def test_a_configuration_that_cannot_work_is_refused(fields, message):
 def test_what_is_switched_off_is_not_refused():
     config_of(Everything(weight=0), outliers=None)
     config_of(Replacing(), ReplacingToo(weight=0))
+    config_of(Headed(), HeadedToo(weight=0), Batched(weight=0), BatchedToo(), Replacing())
 
 
 def test_a_configuration_is_plain_text_and_back():

@@ -175,6 +175,8 @@ EXAMPLES: Mapping[tuple[str, str], tuple[Example, ...]] = {
     ),
     ("scorer", "cac"): (fields(), fields(centers="anchors", alpha=5)),
     ("scorer", "weighted_energy"): (Example(options={"network": WeightedNetwork}),),
+    ("regularizer", "center"): (fields(weights=[0.1], starts=[0]),),
+    ("regularizer", "swa"): (fields(start=1),),
     ("regularizer", "vos"): (fields(start=0, queue=4, samples=50),),
     ("scorer", "relation"): (fields(), fields(power=4)),
     ("scorer", "ssd"): (fields(), fields(clusters=3)),

@@ -55,6 +55,12 @@ def test_the_percentile_of_more_numbers_than_are_looked_at_together(kind, percen
     assert percentile(torch.from_numpy(values), percent) == pytest.approx(wanted, rel=1e-9)
 
 
+@given(value=st.floats(-1e6, 1e6), count=st.integers(1, 50), percent=st.floats(0.1, 100))
+def test_a_percentile_of_equal_numbers_is_that_number(value, count, percent):
+    # DICE and VRA compare with it numbers that are equal to it.
+    assert percentile(torch.full((count,), value, dtype=torch.float64), percent) == value
+
+
 def test_a_guess_that_holds_looks_at_few_numbers():
     values = torch.from_numpy(np.random.default_rng(0).random(1_000_000))
     below, around = react._around(values, 900_000, 900_001)

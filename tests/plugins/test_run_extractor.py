@@ -142,6 +142,21 @@ def test_a_network_that_is_its_own_head(tmp_path):
     assert features.head.bias is None
 
 
+def test_a_branch_takes_no_part_in_a_sequence(tmp_path):
+    network = {
+        "factory": "oodcore_plugins.networks:mlp",
+        "arguments": {"inputs": 64, "classes": 10},
+    }
+    out = run_of(tmp_path / "run", Beside(), network=network)
+    model = RunExtractor(path=out, layers=("confidence",)).load()
+    trained, _ = RunFolder(out).load()
+    assert type(trained.network).forward is torch.nn.Sequential.forward
+    wanted = trained(Preprocess(mean=(0.5,), std=(0.25,))(images()))
+    features = model(images())
+    torch.testing.assert_close(features.logits, wanted.logits)
+    torch.testing.assert_close(features.layers["confidence"], wanted.layers["confidence"])
+
+
 def test_a_branch_named_like_a_layer_is_told(tmp_path):
     out = run_of(tmp_path / "run", Beside(name="block1"))
     with pytest.raises(ConfigurationError, match="a layer 'block1' already"):

@@ -59,6 +59,14 @@ def test_one_row_is_enough_and_a_dead_unit_stays_dead():
     np.testing.assert_array_equal(out, [[1, 0], [0, 0]])
 
 
+@pytest.mark.parametrize("count", [30, 37, 50])
+def test_a_unit_that_is_always_the_same_is_at_its_percentiles(count):
+    # The mean of two equal numbers, weighted by the place between them, may be another number.
+    constants = np.random.default_rng(3).uniform(0, 3, 100)
+    train = np.tile(constants, (count, 1))
+    np.testing.assert_array_equal(shaped(VRA(gain=0.5), train, train), train + 0.5)
+
+
 def test_low_above_high_is_refused():
     with pytest.raises(ConfigurationError, match="low is 90, which is above high, 10"):
         registry.build("shaper", {"kind": "vra", "low": 90, "high": 10})

@@ -81,7 +81,7 @@ class RandAugment(oodcore.Regularizer):
         draw, shape = step.generator, (self.n, len(rows))
         which = torch.randint(len(OPERATIONS), shape, generator=draw, device=rows.device)
         signs = 2 * torch.randint(2, shape, generator=draw, device=rows.device) - 1
-        levels = (signs * (self.magnitude / LARGEST)).to(pixels)
+        levels = signs.to(pixels) * (self.magnitude / LARGEST)
         for turn, level in zip(which, levels, strict=True):
             for number, operation in enumerate(OPERATIONS.values()):
                 chosen = turn == number
@@ -115,14 +115,14 @@ def _equalize(pixels: Tensor, level: Tensor, fill: float) -> Tensor:
     # Too few pixels, or one brightness alone, make no histogram to flatten.
     return torch.where(
         (size > 0).view(*pixels.shape[:2], 1, 1),
-        (table.gather(1, values) / 255).to(pixels).view_as(pixels),
+        (table.gather(1, values).to(pixels) / 255).view_as(pixels),
         pixels,
     )
 
 
 def _posterize(pixels: Tensor, level: Tensor, fill: float) -> Tensor:
     lost = 2 ** (BITS * level.abs()).round().long()[:, None, None, None]
-    return (_bytes(pixels) // lost * lost / 255).to(pixels)
+    return (_bytes(pixels) // lost * lost).to(pixels) / 255
 
 
 def _solarize(pixels: Tensor, level: Tensor, fill: float) -> Tensor:
