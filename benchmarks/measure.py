@@ -67,19 +67,19 @@ class Timing:
         return median(one / two for one, two in pairs)
 
 
-def timed(works: Mapping[str, Work], repeats: int, patience: float = PATIENCE) -> Timing:
+def timed(
+    works: Mapping[str, Work], repeats: int, *, warm: bool = True, patience: float = PATIENCE
+) -> Timing:
     """Run works in turn, round by round, and note how long each takes.
 
     Args:
         works: by name.
         repeats: rounds, of which there is one at least.
-        patience: seconds after which no further round begins. Works that take a tenth of it
-            together are not run once before to warm up.
+        warm: run each once before; off where that has been done.
+        patience: seconds after which no further round begins.
     """
-    began = time.perf_counter()
-    for work in works.values():
-        if time.perf_counter() - began < patience / 10:
-            work()
+    for work in works.values() if warm else ():
+        work()
     rounds: dict[str, list[float]] = {name: [] for name in works}
     names = list(works)
     first = time.perf_counter()

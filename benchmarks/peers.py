@@ -321,7 +321,9 @@ def compared(method: Method, *, quick: bool = False) -> list[list[str]]:
     off = disagreement(method.ours.score(ours, rows), scaled)
     repeats = 1 if quick else REPEATS
     fitting = timed(
-        {"ours": lambda: method.ours.fit(rows), "theirs": lambda: method.theirs.fit(rows)}, repeats
+        {"ours": lambda: method.ours.fit(rows), "theirs": lambda: method.theirs.fit(rows)},
+        repeats,
+        warm=False,
     )
     scoring = timed(
         {
@@ -330,6 +332,7 @@ def compared(method: Method, *, quick: bool = False) -> list[list[str]]:
             "floor": method.floor(rows),
         },
         repeats,
+        warm=False,
     )
     return [
         [f"{method.title}, fit on {size.fitted:,}", *_pair(fitting), "", ""],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -105,15 +105,14 @@ class Joint(Settings):
             if part.model is None and named:
                 found.append((at, "names no model, and others do: all members name one, or none"))
             elif part.model is not None and part.model not in known:
-                there = (
-                    f"; there are: {', '.join(known)}" if known else "; it has one, without name"
-                )
-                text = f"the benchmark has no model '{part.model}'"
-                found.append(((*at, "model"), f"{text}{suggestion(part.model, known) or there}"))
+                there = f"; there are: {', '.join(known)}" if known else ": leave model out"
+                hint = suggestion(part.model, known) or there
+                found.append(((*at, "model"), f"there is no model '{part.model}'{hint}"))
         return found
 
 
 Contender = Candidate | Joint
+Shapeable = TypeVar("Shapeable", Candidate, Part)
 
 
 def _form(item: Any) -> str:
@@ -182,13 +181,13 @@ def weight_faults(combine: Scorer, members: int, route: Route) -> list[Fault]:
 
 
 def _shaped(item: Contender, shapers: tuple[Shaper, ...]) -> Contender:
-    if isinstance(item, Joint):
-        members = {name: _own(part, shapers) for name, part in item.members.items()}
-        return item.model_copy(update={"members": members})
-    return _own(item, shapers)
+    if isinstance(item, Candidate):
+        return _own(item, shapers)
+    members = {name: _own(part, shapers) for name, part in item.members.items()}
+    return item.model_copy(update={"members": members})
 
 
-def _own(item: Any, shapers: tuple[Shaper, ...]) -> Any:
+def _own(item: Shapeable, shapers: tuple[Shaper, ...]) -> Shapeable:
     return item if item.shapers is not None else item.model_copy(update={"shapers": shapers})
 
 

@@ -320,7 +320,7 @@ def _item(item: Any) -> Scorer | Contender:
     if isinstance(item, Candidate | Joint):
         return item
     if isinstance(item, Mapping) and "kind" not in item:
-        return validate(Joint if "members" in item else Candidate, item)
+        return validate(Joint, item) if "members" in item else validate(Candidate, item)
     scorer: Any = registry.build("scorer", item)
     return scorer  # type: ignore[no-any-return]
 

@@ -57,6 +57,32 @@ class Ensemble(Decision):
         self.seed = seed
         self.state: State | None = None if combination.measures else {}
 
+    @classmethod
+    def from_config(cls, config: Any) -> Ensemble:
+        """An ensemble from a YAML file (its path) or a mapping of the same form.
+
+        Raises:
+            ConfigurationError: names the file, the line and the field.
+        """
+        from oodcore.config import EnsembleConfig, read, validate
+
+        document = read(config) if isinstance(config, str | Path) else config
+        checked = validate(EnsembleConfig, document)
+        members = {
+            name: Detector(
+                checked.extractor if member.extractor is None else member.extractor,
+                scorer=member.scorer,
+                shapers=checked.shapers if member.shapers is None else member.shapers,
+                device=checked.device,
+                batch_size=checked.batch_size,
+                num_workers=checked.num_workers,
+                seed=checked.seed,
+                cache=checked.cache,
+            )
+            for name, member in checked.members.items()
+        }
+        return cls(members, checked.combine, seed=checked.seed)
+
     def fit(self, data: Any, held_out: Any = None, *, classes: Classes = None) -> Ensemble:
         """Fit every member, and measure what the combination normalises with; returns the ensemble.
 
@@ -66,20 +92,13 @@ class Ensemble(Decision):
         fresh = {name: copy.copy(member) for name, member in self.members.items()}
         if not self.combination.measures:
             fit(fresh, data, held_out, classes=classes)
-            state: State = {}
+            self.state = {}
         else:
             rows, apart = self._divided(data, held_out)
             fit(fresh, rows, apart, classes=classes)
-            scores = _member_scores(fresh, apart)
-            if not len(scores):
-                raise DataError(
-                    "there are no held-out rows to measure the members' scores on; give held_out= "
-                    "rows, or more data to set a tenth apart from"
-                )
-            state = own(self.combination.finish({}, scores, None), self._who)
+            self.measure(_member_scores(fresh, apart))
         for name, member in self.members.items():
             member.adopt(fresh[name])
-        self.state = state
         self.calibration = self.false_alarm_rate = None
         return self
 
@@ -100,11 +119,35 @@ class Ensemble(Decision):
 
     def score(self, data: Any) -> Array:
         """The combined score of each row, ``[N]`` float64; higher is more in-distribution."""
+        return self.combined(_member_scores(self.members, data))
+
+    def combined(self, scores: Tensor) -> Array:
+        """The combined scores ``[N]`` of what the members say, ``[N, M]`` in their order.
+
+        Raises:
+            NotFittedError: the combination normalises scores, and nothing was measured yet.
+            DataError: it gave something else than finite numbers, one a row.
+        """
         if self.state is None:
             raise NotFittedError("this ensemble normalises scores: call fit first")
-        scores = _member_scores(self.members, data)
-        combined = self.combination.combine(self.combination.normalized(scores, self.state))
-        return checked_scores(combined, len(scores), self._who).numpy()
+        together = self.combination.combine(self.combination.normalized(scores, self.state))
+        return checked_scores(together, len(scores), self._who).numpy()
+
+    def measure(self, scores: Tensor) -> None:
+        """Learn what the combination normalises with.
+
+        Args:
+            scores: of the members on rows on which none was fitted, ``[N, M]``.
+
+        Raises:
+            DataError: no rows, or scores that cannot be normalised.
+        """
+        if not len(scores):
+            raise DataError(
+                "there are no held-out rows to measure the members' scores on; give held_out= "
+                "rows, or more data to set a tenth apart from"
+            )
+        self.state = own(self.combination.finish({}, scores, None), self._who)
 
     def save(self, folder: str | Path, overwrite: bool = False, store: bool = False) -> Path:
         """Write the fitted ensemble to a folder; arguments and errors as in ``Detector.save``."""

@@ -213,7 +213,6 @@ def compare(study: Study) -> Outcome:
         Entry(name, first.models[name], described(d), cited(d), round(spent[name], 6), methods(d))
         for name, d in ((name, first.detectors[name]) for name in common)
     ]
-    compared = {entry.model for entry in entries}
     detectors = {
         f"{split}/{name}" if several else name: one.detectors[name]
         for split, one in seen.items()
@@ -231,7 +230,7 @@ def compare(study: Study) -> Outcome:
         protocol=study.protocol,
         configuration=configuration(study, left_out),
         provenance={"plugins": plugins, "seconds": seconds},
-        pictures={model: p for model, p in first.pictures.items() if model in compared},
+        pictures={e.model: first.pictures[e.model] for e in entries if e.model in first.pictures},
     )
     return Outcome(results, detectors)
 
@@ -262,7 +261,7 @@ class _Observed:
 
 def _observed(study: Study) -> _Observed:
     """Fit, calibrate and score everything in a study whose classes are not divided further."""
-    detectors, models, left_out = _detectors(study)
+    taking_part = participants(study)
     seed = int(study.options.get("seed", 0))
     album = Album(seed)
     began = time.perf_counter()
@@ -293,12 +292,11 @@ def _observed(study: Study) -> _Observed:
         for name, values in score(detectors, rows, spent, album.of(title)).items():
             scores[name][title] = values
     seconds = {"fitting": fitted - began, "scoring": time.perf_counter() - fitted}
-    pictures = album.pictures(models, "id_test")
+    pictures = album.pictures(models, ["id_test", *study.ood])
     return _Observed(detectors, models, left_out, scores, seen, spent, seconds, pictures)
 
 
 def _group_of(study: Study) -> dict[str, str]:
-    """The group of each OOD set that has one."""
     return {name: group for group, names in study.groups.items() for name in names}
 
 
@@ -324,57 +322,6 @@ def _refuse_early(study: Study) -> None:
 def _rows(study: Study, data: Any) -> int | None:
     """How many rows there are, where that is known before they are read."""
     return Stream(data, adapt=study.options.get("adapt")).rows
-
-
-def _detectors(study: Study) -> tuple[dict[str, Detector], dict[str, str], dict[str, str]]:
-    """The detectors, the model of each, and those that were left out with the reason."""
-    detectors: dict[str, Detector] = {}
-    models: dict[str, str] = {}
-    left_out: dict[str, str] = {}
-    for title, given in study.models.items():
-        model = given
-        for candidate in study.candidates:
-            name = f"{title}/{candidate.name}" if title else str(candidate.name)
-            detector = Detector(
-                model, scorer=candidate.scorer, shapers=candidate.shapers or (), **study.options
-            )
-            if study.installed and (reason := _unusable(detector, study.train)):
-                left_out[name] = reason
-                continue
-            if detector.extractor is None:
-                model = detector.model
-            detectors[name], models[name] = detector, title
-    if not detectors:
-        raise ConfigurationError(f"no detector takes part; left out: {left_out or 'none'}")
-    return detectors, models, left_out
-
-
-def _unusable(detector: Detector, train: Any) -> str | None:
-    """Why a detector cannot work with this data, as far as can be told before reading it."""
-    needs = detector.recipe.needs(fitting=True)
-    missing: Sequence[str] = ()
-    if detector.extractor is None and detector.model is None:
-        if "inputs" in needs:
-            return "needs a model"
-        sample = _sample(train, detector)
-        missing = missing_fields(needs, sample) if sample is not None else ()
-    elif isinstance(train, Features):
-        missing = missing_fields(needs - {"inputs"}, train)
-    elif detector.extractor is None and detector.model is not None:
-        known = {"embeddings", "head", "inputs", "logits"}
-        missing = sorted(needs & known - detector.model.gives)
-    return f"needs {', '.join(missing)}" if missing else None
-
-
-def _sample(train: Any, detector: Detector) -> Features | None:
-    """A few of the rows to fit on, where there is no model and they can be read again."""
-    if isinstance(train, Features):
-        return train
-    stream = Stream(train, adapt=detector.adapt)
-    batch = next(iter(stream), None) if stream.repeatable else None
-    if isinstance(batch, Batch) and isinstance(batch.inputs, Tensor) and batch.inputs.ndim == 2:
-        return Features(embeddings=batch.inputs, labels=batch.labels, ids=batch.ids)
-    return batch if isinstance(batch, Features) else None
 
 
 def _failing(detectors: Mapping[str, Detector], study: Study) -> dict[str, str]:

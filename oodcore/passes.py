@@ -182,8 +182,6 @@ def _scores(
         places = {name: detector.place(learnt[name]) for name, detector in group.items()}
         needs = frozenset[str]().union(*(d.recipe.needs() for d in group.values()))
         for features in features_of(_reader(group), data, needs, "scoring"):
-            if watch is not None:
-                watch(list(group), features)
             shared: dict[str, Features] = {}
             for name, detector in group.items():
                 detector.check_shape(features)
@@ -196,6 +194,8 @@ def _scores(
                 columns[name].append(scores.cpu())
                 if spent is not None:
                     spent[name] = spent.get(name, 0.0) + time.perf_counter() - began
+            if watch is not None:
+                watch(list(group), features)
     return columns
 
 
@@ -277,9 +277,9 @@ def _fold(
     """Stream data (and held-out rows) through a model into fittings that are equally far."""
     needs = frozenset[str]().union(*(fitting.needs() for fitting in fittings))
     for features in features_of(reader, data, needs, "fitting", fittings[0].rows):
-        look(features)
         for fitting in fittings:
             fitting.update(features)
+        look(features)
     if held_out is not None and any(fitting.holds_out for fitting in fittings):
         for features in features_of(reader, held_out, needs, "measuring", fittings[0].held_rows):
             for fitting in fittings:

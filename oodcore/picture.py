@@ -98,18 +98,21 @@ class Album:
 
         return look
 
-    def pictures(self, models: Mapping[str, str], id_name: str) -> dict[str, Picture]:
-        """The picture of each model whose embeddings were seen, by its name.
+    def pictures(self, models: Mapping[str, str], titles: Sequence[str]) -> dict[str, Picture]:
+        """The picture of each model that gave embeddings of all data sets, by its name.
 
         Args:
             models: the name of each detector's model.
-            id_name: the in-distribution test data among the sets; it must have been seen.
+            titles: of the data sets, the in-distribution one first.
         """
         found: dict[str, Picture] = {}
         for group, sets in self._sets.items():
+            if set(sets) != set(titles) or not all(one.any for one in sets.values()):
+                continue
             plane = self._planes[group]
             train = plane.project(self._training[group].rows())
-            drawn = _drawn(plane, train, {name: one.rows() for name, one in sets.items()}, id_name)
+            rows = {title: sets[title].rows() for title in titles}
+            drawn = _drawn(plane, train, rows, titles[0])
             found |= dict.fromkeys((models[name] for name in group), drawn)
         return found
 
@@ -135,6 +138,11 @@ class _Chosen:
         self._held += len(self._hashes[-1])
         if self._held > 2 * ROWS:
             self._trim()
+
+    @property
+    def any(self) -> bool:
+        """Whether a row was chosen."""
+        return self._held > 0
 
     def rows(self) -> Tensor:
         """What is held of the chosen rows, by their hash."""

@@ -18,6 +18,9 @@ from oodcore.store import FeatureStore
 
 Path = tuple[str, ...]
 
+ROUNDING = 1e-9
+"""Scores that are closer than this, relative to their size, are taken for equal."""
+
 
 class Scorer(Component):
     """A post-hoc score: a pure function of features and of what was learnt.
@@ -115,6 +118,7 @@ class Combination(Scorer):
             ``none``; ``mean``, divided by its mean; ``zscore``, less its mean and divided by its
             standard deviation (population; a constant score becomes 0); ``ecdf``, the share of
             held-out scores below it, ties counted half: ``(below + ties / 2 + 1/2) / (n + 1)``.
+            Scores that differ by rounding (1e-9 of their size, or of the median size) are tied.
     """
 
     held_out: ClassVar[bool] = True
@@ -193,8 +197,11 @@ class Combination(Scorer):
             return deviations
         known = state["sorted"].T.contiguous()
         asked = scores.detach().T.contiguous()
-        below = torch.searchsorted(known, asked)
-        upto = torch.searchsorted(known, asked, right=True)
+        # Copies of a row have scores that differ by rounding, which depends on their batches.
+        typical = known.abs().median(dim=1, keepdim=True).values
+        margin = ROUNDING * torch.maximum(asked.abs(), typical)
+        below = torch.searchsorted(known, asked - margin)
+        upto = torch.searchsorted(known, asked + margin, right=True)
         ranks: Tensor = ((below + upto).T.to(scores) / 2 + 0.5) / (known.shape[1] + 1)
         return ranks
 

@@ -11,6 +11,7 @@ from oodcore.component import Slot
 from oodcore.features import Features
 from oodcore.hookspecs import Register, hookimpl
 from oodcore.moments import (
+    ClassMeans,
     ClassMoments,
     CorrectMeans,
     LogitMoments,
@@ -25,6 +26,7 @@ from oodcore.statistic import Shape, State, Statistic, assigned, copy_state, map
 __all__ = [
     "AtLayer",
     "Bank",
+    "ClassMeans",
     "ClassMoments",
     "CorrectMeans",
     "Kept",
@@ -108,6 +110,7 @@ class AtLayer(Statistic):
 def register_statistics(register: Register) -> None:
     for statistic in (
         ClassMoments,
+        ClassMeans,
         NormMoments,
         LogitMoments,
         CorrectMeans,

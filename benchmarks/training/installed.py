@@ -11,6 +11,7 @@ from oodcore.plugins import registry
 HASTY: dict[str, Config] = {
     "center": {"weights": [0.01, 0.05], "starts": [0, 1]},
     "swa": {"start": 1, "anneal": 1},
+    "vos": {"start": 0, "queue": 8},
 }
 """Fields of those that would begin behind the end of a short run."""
 WHOLE = "SURE, whole"
@@ -22,8 +23,7 @@ def runs() -> dict[str, list[Config]]:
     for kind, cls in registry.all("regularizer").items():
         if any(field.is_required() for field in cls.model_fields.values()):
             continue
-        fields = {} if "start_epoch" not in cls.model_fields else {"start_epoch": 1}
-        found[kind] = [{"kind": kind, **HASTY.get(kind, fields)}]
+        found[kind] = [{"kind": kind, **HASTY.get(kind, {})}]
     found[WHOLE] = regularizers("sure", epochs=3, rate=0.05)
     return found
 

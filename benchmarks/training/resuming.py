@@ -51,8 +51,9 @@ def table(*, quick: bool = False) -> Table:
     found = Table("Runs that are resumed", about, header)
     with tempfile.TemporaryDirectory() as place:
         for name, parts in chosen.items():
-            step = drawn.choice([s for s in range(2, EPOCHS * STEPS - 1) if s % STEPS])
-            last = drawn.choice([s for s in range(STEPS + 1, EPOCHS * STEPS - 1) if s % STEPS])
+            within = [s for s in range(2, EPOCHS * STEPS) if s % STEPS and s not in points.values()]
+            step = drawn.choice(within)
+            last = drawn.choice([s for s in within if s > STEPS])
             folder = Path(place) / name.replace(", ", "-")
             try:
                 cells = ended(parts, folder, [step, *points.values()], None if quick else last)

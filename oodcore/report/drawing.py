@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from oodcore.curves import Polarity
 from oodcore.figures import Figure
 from oodcore.picture import GRID, Point
@@ -67,19 +69,19 @@ def line(points: Sequence[Place]) -> str:
 
 def simplified(points: Sequence[Place], tolerance: float) -> list[Place]:
     """The points that keep a line within a tolerance of all (Douglas and Peucker, 1973)."""
+    x, y = np.asarray(points, np.float64).T
     kept = {0, len(points) - 1}
     pending = [(0, len(points) - 1)]
     while pending:
         first, last = pending.pop()
-        (x, y), (right, up) = points[first], points[last]
-        length = max(((right - x) ** 2 + (up - y) ** 2) ** 0.5, 1e-12)
-        offset, at = max(
-            (abs((right - x) * (points[i][1] - y) - (up - y) * (points[i][0] - x)) / length, i)
-            for i in range(first, last + 1)
-        )
-        if offset > tolerance:
-            kept.add(at)
-            pending += [(first, at), (at, last)]
+        across, up = x[last] - x[first], y[last] - y[first]
+        length = max(float(np.hypot(across, up)), 1e-12)
+        some = slice(first, last + 1)
+        offsets = np.abs(across * (y[some] - y[first]) - up * (x[some] - x[first]))
+        at = int(offsets.argmax())
+        if offsets[at] > tolerance * length:
+            kept.add(first + at)
+            pending += [(first, first + at), (first + at, last)]
     return [points[i] for i in sorted(kept)]
 
 

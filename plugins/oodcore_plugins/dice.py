@@ -12,7 +12,7 @@ from oodcore.errors import DataError
 from oodcore.features import unit
 from oodcore.hookspecs import Register
 from oodcore.space import Choice, spaces
-from oodcore.statistics import ClassMoments, State
+from oodcore.statistics import ClassMeans, State
 from oodcore_plugins.react import percentile
 
 
@@ -48,13 +48,13 @@ class DICE(Shaper):
         return frozenset({"embeddings", "head"})
 
     def statistics(self) -> tuple[Statistic, ...]:
-        return (ClassMoments(),)
+        return (ClassMeans(),)
 
     def fit(self, store: FeatureStore) -> State:
         head = store.head
         if head is None:
             raise DataError("dice: it leaves out weights of the head, and these features have none")
-        mean = store[ClassMoments()].total_mean
+        mean = store[ClassMeans()].total_mean
         weight = (unit(head.weight) if head.normalize_weight else head.weight).to(mean)
         if self.percentile == 0:
             return {"weight": weight.clone()}

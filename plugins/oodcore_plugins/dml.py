@@ -13,7 +13,7 @@ from oodcore import Features, FeatureStore, Paper, Scorer, Statistic, hookimpl
 from oodcore.errors import DataError
 from oodcore.features import required, unit
 from oodcore.hookspecs import Register
-from oodcore.statistics import ClassMoments, State
+from oodcore.statistics import ClassMeans, State
 
 PAPER = Paper(
     "Decoupling MaxLogit for Out-of-Distribution Detection",
@@ -63,7 +63,7 @@ class MaxCosine(Scorer):
         return frozenset({"embeddings", "head"} if self.source == "head" else {"embeddings"})
 
     def statistics(self) -> tuple[Statistic, ...]:
-        return (ClassMoments(),) if self.source == "means" else ()
+        return (ClassMeans(),) if self.source == "means" else ()
 
     @property
     def learns(self) -> bool:
@@ -72,8 +72,8 @@ class MaxCosine(Scorer):
     def fit(self, store: FeatureStore) -> State:
         if not self.learns:
             return {}
-        moments = store[ClassMoments()]
-        return {"means": moments.mean[moments.present]}
+        means = store[ClassMeans()]
+        return {"means": means.mean[means.present]}
 
     def score(self, features: Features, state: State) -> Tensor:
         if self.source == "head":

@@ -10,7 +10,7 @@ from oodcore.errors import DataError
 from oodcore.features import EPS, required, unit
 from oodcore.hookspecs import Register
 from oodcore.space import Choice, spaces
-from oodcore.statistics import ClassMoments, State
+from oodcore.statistics import ClassMeans, State
 
 PAIRS = 2**22
 """Numbers that the differences between weights of classes take at once."""
@@ -46,14 +46,14 @@ class FDBD(Scorer):
         return frozenset({"embeddings", "logits", "head"})
 
     def statistics(self) -> tuple[Statistic, ...]:
-        return (ClassMoments(),) if self.centre else ()
+        return (ClassMeans(),) if self.centre else ()
 
     def fit(self, store: FeatureStore) -> State:
         if store.head is None:
             raise DataError("fdbd: the boundaries are those of the head, and there is none")
         state = {"closeness": closeness(directions(store.head).double())}
         if self.centre:
-            state["centre"] = store[ClassMoments()].total_mean
+            state["centre"] = store[ClassMeans()].total_mean
         return state
 
     def score(self, features: Features, state: State) -> Tensor:

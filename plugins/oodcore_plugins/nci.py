@@ -10,7 +10,7 @@ from oodcore.errors import DataError
 from oodcore.features import required, unit
 from oodcore.hookspecs import Register
 from oodcore.space import Choice, spaces
-from oodcore.statistics import ClassMoments, State
+from oodcore.statistics import ClassMeans, State
 from oodcore_plugins.fdbd import directions
 
 
@@ -42,10 +42,10 @@ class NCI(Scorer):
         return frozenset({"embeddings", "logits", "head"})
 
     def statistics(self) -> tuple[Statistic, ...]:
-        return (ClassMoments(),)
+        return (ClassMeans(),)
 
     def fit(self, store: FeatureStore) -> State:
-        return {"centre": store[ClassMoments()].total_mean}
+        return {"centre": store[ClassMeans()].total_mean}
 
     def score(self, features: Features, state: State) -> Tensor:
         if features.head is None:

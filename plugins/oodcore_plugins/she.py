@@ -11,7 +11,7 @@ from oodcore import Features, FeatureStore, Paper, Scorer, Statistic, hookimpl
 from oodcore.features import required, unit
 from oodcore.hookspecs import Register
 from oodcore.space import Choice, spaces
-from oodcore.statistics import ClassMoments, CorrectMeans, State
+from oodcore.statistics import ClassMeans, CorrectMeans, State
 
 
 class SHE(Scorer):
@@ -49,12 +49,12 @@ class SHE(Scorer):
         return frozenset({"embeddings", "logits"})
 
     def statistics(self) -> tuple[Statistic, ...]:
-        return CorrectMeans(), ClassMoments()
+        return CorrectMeans(), ClassMeans()
 
     def fit(self, store: FeatureStore) -> State:
-        correct, moments = store[CorrectMeans()], store[ClassMoments()]
-        present = moments.present[:, None]
-        whole = torch.where(present, moments.mean, moments.total_mean)
+        correct, means = store[CorrectMeans()], store[ClassMeans()]
+        present = means.present[:, None]
+        whole = torch.where(present, means.mean, means.total_mean)
         return {"patterns": torch.where((correct.count > 0)[:, None], correct.mean, whole)}
 
     def score(self, features: Features, state: State) -> Tensor:

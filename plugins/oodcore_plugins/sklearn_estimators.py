@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, ClassVar, Literal
 
@@ -57,7 +58,8 @@ class Sklearn(Scorer):
     does not depend on that of the data. What is kept is that sample and not the estimator, which
     only pickle could save: a loaded detector fits it again, with the same seed, when it first
     scores. That takes as long as it took the first time. If the scores of some of the sample are
-    then not what they were (another version of scikit-learn may do that), it is an error.
+    then not what they were (another version of scikit-learn may do that), it is an error. What
+    scikit-learn warns of when it fits is passed on.
 
     Only estimators of scikit-learn itself are named here, so that a configuration or an artifact
     brings no code of its own. Fitting takes the time and memory that the estimator takes: those of
@@ -140,7 +142,8 @@ class Sklearn(Scorer):
             known = _fitted.setdefault(sample, {})
             if key not in known:
                 given = f"{self.estimator} with {dict(self.arguments)} cannot be fitted"
-                estimator = _of_sklearn(self._fresh().fit, sample, given)
+                with _global_generator_kept():
+                    estimator = _of_sklearn(self._fresh().fit, sample, given)
                 if scores is not None:
                     self._refuse_others(self._probed(estimator, rows), scores)
                 known[key] = estimator
@@ -178,6 +181,16 @@ def _class(name: str) -> Any:
 def _parameters(name: str) -> tuple[str, ...]:
     """The names of an estimator's arguments."""
     return tuple(inspect.signature(_class(name)).parameters)
+
+
+@contextmanager
+def _global_generator_kept() -> Iterator[None]:
+    """Leave NumPy's global generator as it was: SGDOneClassSVM draws from it, whatever its seed."""
+    before = np.random.get_state()
+    try:
+        yield
+    finally:
+        np.random.set_state(before)
 
 
 def _of_sklearn(work: Any, rows: Tensor, failing: str) -> Any:

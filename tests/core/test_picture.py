@@ -34,7 +34,7 @@ def gathered(train, sets, batch=64, order=None, seed=0):
     passing(album.training, train)
     for title, rows in sets.items():
         passing(album.of(title), rows)
-    return album.pictures(MODELS, next(iter(sets)))["net"]
+    return album.pictures(MODELS, list(sets))["net"]
 
 
 def random_rows(count, width, seed, shift=0.0):
@@ -189,6 +189,10 @@ def test_each_model_has_its_picture_and_logits_alone_have_none():
     ood = {"far": Features(logits=data(9, 2)[0].double())}
     plain = oodcore.benchmark(train=logits(30, 0), id_test=logits(20, 1), ood=ood, scorers=["msp"])
     assert plain.pictures == {}
+    some = replace(logits(30, 0), embeddings=data(30, 0)[0].double())
+    sets = {"far": replace(ood["far"], embeddings=data(9, 2)[0].double())}
+    mixed = oodcore.benchmark(train=some, id_test=logits(20, 1), ood=sets, scorers=["msp"])
+    assert mixed.pictures == {}
 
 
 def test_whoever_watches_sees_each_row_once_before_any_shaper():

@@ -13,9 +13,11 @@ from rich.console import Console
 
 from oodcore import __version__
 from oodcore.calibration import Calibration
+from oodcore.component import Paper
 from oodcore.errors import ArtifactError, ConfigurationError, DataError
 from oodcore.metrics import METRICS, SEPARATION, measures
-from oodcore.results import DataSet, Entry, Results, Row, write_text
+from oodcore.picture import Picture
+from oodcore.results import DataSet, Entry, Method, Results, Row, write_text
 
 GROUPS = {"near one": "near", "near two": "near", "far": "far"}
 
@@ -38,9 +40,16 @@ def _scores():
 
 @pytest.fixture(name="results")
 def _results(scores):
-    return Results.from_scores(
+    found = Results.from_scores(
         [
-            Entry("weak", "one", {"scorer": {"kind": "msp"}, "shapers": ()}, "A paper", 0.5),
+            Entry(
+                "weak",
+                "one",
+                {"scorer": {"kind": "msp"}, "shapers": ()},
+                "A paper",
+                0.5,
+                (Method("scorer", "msp", "Says ``max p``.", Paper("T", "A", "V", 1, "u")),),
+            ),
             Entry("strong", "two"),
             Entry("[bold]|odd", "one"),
         ],
@@ -52,6 +61,8 @@ def _results(scores):
         configuration={"batch_size": 256, "scorers": ("msp",)},
         provenance={"plugins": {"oodcore": "0.1.0"}},
     )
+    points = {data.name: ((0, 1000), (3, 4)) for data in found.data}
+    return replace(found, pictures={"one": Picture((0.5, 0.5), (-1.0, 0.0), 2.0, (), points)})
 
 
 def test_rows_are_tidy_and_hold_the_measures(results, scores):
@@ -140,7 +151,7 @@ def test_saved_results_read_back_equal(results, tmp_path):
     assert sorted(file.name for file in folder.iterdir()) == ["results.csv", "results.json"]
     assert Results.load(folder) == results
     content = json.loads((folder / "results.json").read_text())
-    assert content["schema"] == 2
+    assert content["schema"] == 3
     measured = {row.metric for row in results.rows}
     assert content["conventions"] == {name: METRICS[name].meaning for name in measured}
     lines = list(csv.DictReader(io.StringIO((folder / "results.csv").read_text())))
@@ -155,18 +166,30 @@ def test_results_of_the_first_schema_are_read(results, tmp_path):
     path = results.save(tmp_path) / "results.json"
     content = json.loads(path.read_text())
     content |= {"schema": 1}
-    for name in ("protocol", "repeats"):
+    for name in ("protocol", "repeats", "pictures"):
         del content[name]
     for row in content["rows"]:
         del row["values"]
     for entry in content["entries"]:
-        del entry["seconds"]
+        del entry["seconds"], entry["methods"]
         entry |= {"seconds_fit": None, "seconds_score": None}
     for figure in content["figures"].values():
         del figure["coverage"]
     path.write_text(json.dumps(content))
-    untimed = tuple(replace(entry, seconds=None) for entry in results.entries)
-    assert Results.load(tmp_path) == replace(results, entries=untimed)
+    untimed = tuple(replace(entry, seconds=None, methods=()) for entry in results.entries)
+    assert Results.load(tmp_path) == replace(results, entries=untimed, pictures={})
+
+
+def test_results_of_the_second_schema_are_read(results, tmp_path):
+    path = results.save(tmp_path) / "results.json"
+    content = json.loads(path.read_text())
+    content |= {"schema": 2}
+    del content["pictures"]
+    for entry in content["entries"]:
+        del entry["methods"]
+    path.write_text(json.dumps(content))
+    plain = tuple(replace(entry, methods=()) for entry in results.entries)
+    assert Results.load(tmp_path) == replace(results, entries=plain, pictures={})
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
@@ -219,7 +242,7 @@ def first_row(**values):
         (lambda text: "{}", "no schema number"),
         (damaged(lambda c: c.update(schema="1")), "no schema number"),
         (damaged(lambda c: c.update(schema=True)), "no schema number"),
-        (damaged(lambda c: c.update(schema=3)), "schema 3 and this oodcore reads schema 2"),
+        (damaged(lambda c: c.update(schema=4)), "schema 4 and this oodcore reads schema 3"),
         (damaged(lambda c: c.pop("rows")), "rows"),
         (damaged(lambda c: c.update(extra=1)), "extra"),
         (damaged(lambda c: c.update(entries=[])), "at least one detector"),
@@ -238,6 +261,13 @@ def first_row(**values):
             "figure of weak is damaged",
         ),
         (damaged(lambda c: c.update(repeats=[1])), "repeats.0"),
+        (damaged(lambda c: c["pictures"].update(nobody=c["pictures"]["one"])), "unknown model"),
+        (damaged(lambda c: c["pictures"]["one"]["points"].pop("far")), "points in the picture"),
+        (damaged(lambda c: c["pictures"]["one"].update(side=-1.0)), "picture of one is damaged"),
+        (damaged(lambda c: c["pictures"]["one"].update(train=[[0, 1001]])), "picture of one is"),
+        (damaged(lambda c: c["pictures"]["one"].update(train=[[0.5, 1]])), "pictures.one.train"),
+        (damaged(lambda c: c["entries"][0]["methods"][0].update(about=1)), "methods.0.about"),
+        (damaged(lambda c: c["entries"][0]["methods"][0].update(more=1)), "methods.0.more"),
         (first_row(values=[0.5]), "a value for each of the repeats"),
         (first_row(value=1.5), r"no share in \[0, 1\]"),
         (first_row(value="0.5"), "rows.0.value"),

@@ -19,6 +19,7 @@ from oodcore.plugins import registry
 from oodcore.statistics import (
     AtLayer,
     Bank,
+    ClassMeans,
     ClassMoments,
     CorrectMeans,
     LogitMoments,
@@ -27,7 +28,13 @@ from oodcore.statistics import (
     Sample,
 )
 
-MOMENTS: list[Statistic] = [ClassMoments(), NormMoments(), LogitMoments(), CorrectMeans()]
+MOMENTS: list[Statistic] = [
+    ClassMoments(),
+    ClassMeans(),
+    NormMoments(),
+    LogitMoments(),
+    CorrectMeans(),
+]
 KEEPING: list[Statistic] = [
     Bank(fields=("embeddings", "logits")),
     Sample(capacity=7),
@@ -145,14 +152,16 @@ def test_moments_equal_a_naive_computation(count: int, classes: int, width: int,
     h, y, z = rows.embeddings.numpy(), rows.labels.numpy(), rows.logits.numpy()
     p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
     predicted = z.argmax(1)
-    moments, norms, logits, correct = (
+    moments, means, norms, logits, correct = (
         statistic.view(taken(statistic, pieces(rows, random.Random(seed)), rows))
         for statistic in MOMENTS
     )
     inside = np.zeros((width, width))
+    np.testing.assert_allclose(means.total_mean, h.mean(0), atol=1e-12)
     for k in range(classes):
         own = h[y == k]
-        assert moments.count[k] == len(own)
+        assert moments.count[k] == means.count[k] == len(own)
+        np.testing.assert_allclose(means.mean[k], own.mean(0) if len(own) else 0.0, atol=1e-12)
         length = np.linalg.norm(own, axis=1)
         if len(own):
             np.testing.assert_allclose(moments.mean[k], own.mean(0), atol=1e-12)

@@ -147,10 +147,13 @@ def test_no_rows_have_no_scores():
 
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_the_global_generators_are_left_alone(name):
-    before = np.random.get_state()[1].copy(), torch.get_rng_state()
+    before, torchs = np.random.get_state(legacy=False), torch.get_rng_state()
     Detector(scorer={"kind": "sklearn", "estimator": name}).fit(ROWS).score(TESTED)
-    np.testing.assert_array_equal(np.random.get_state()[1], before[0])
-    assert torch.equal(torch.get_rng_state(), before[1])
+    after = np.random.get_state(legacy=False)
+    # A draw moves the position in the key, and the key itself only once in a while.
+    assert after["state"]["pos"] == before["state"]["pos"]
+    np.testing.assert_array_equal(after["state"]["key"], before["state"]["key"])
+    assert torch.equal(torch.get_rng_state(), torchs)
 
 
 def test_what_is_refused():
