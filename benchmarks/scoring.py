@@ -165,7 +165,8 @@ def beyond_the_search(sizes: Sizes) -> Table:
         f"{sizes.queries:,} queries, half of them in-distribution and half between two classes, on "
         f"{sizes.bank:,} rows of {sizes.width} numbers in {sizes.classes} classes, in batches of "
         f"{sizes.batch}, against faiss's exact search (float32) for the {K} nearest rows of unit "
-        "norm.",
+        "norm. What `relation` costs depends on how certain predictions are: the less, the more "
+        "rows it has to be compared with.",
         ["what", "seconds", "search alone, s", "ratio", "at most"],
     )
     faiss = faiss_module()

@@ -11,25 +11,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from torch import Tensor
-
 from oodcore.cache import Cache
 from oodcore.calibration import Calibration, check_rows
-from oodcore.config import BenchmarkConfig, Candidate, candidates, read, validate
+from oodcore.candidates import Contender
+from oodcore.config import BenchmarkConfig, candidates, read, validate
 from oodcore.data import Adapt, Batch, Stream
 from oodcore.detector import Detector
 from oodcore.errors import ConfigurationError
+from oodcore.extractor import Extractor
 from oodcore.features import Features
 from oodcore.packing import versions
-from oodcore.passes import Classes, Seen, fit, score, score_labelled
+from oodcore.participants import Contestant, detectors_of, participants
+from oodcore.passes import Array, Classes, fit, score, score_labelled
 from oodcore.picture import Album, Picture
 from oodcore.protocol import Protocol
 from oodcore.protocols import Separation, protocol_of
 from oodcore.provenance import cited, configuration, described, methods, taking_part
 from oodcore.results import Entry, Results, Scored
 from oodcore.splits import check_outputs, divided
-from oodcore.store import missing_fields
 
 log = logging.getLogger("oodcore")
 
@@ -40,7 +39,7 @@ class Study:
 
     Args:
         models: by name; a single one may have the name "".
-        candidates: the detectors of each model.
+        candidates: the detectors of each model, and the ensembles.
         train: in-distribution rows to fit on.
         id_test: in-distribution rows to evaluate on.
         ood: rows that are not in-distribution, by name.
@@ -56,7 +55,7 @@ class Study:
     """
 
     models: Mapping[str, Any]
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[Contender, ...]
     train: Any
     id_test: Any
     ood: Mapping[str, Any]
@@ -72,10 +71,10 @@ class Study:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a study found, and its detectors, fitted and (with rows for it) calibrated."""
+    """What a study found, and all that was compared, fitted and (with rows for it) calibrated."""
 
     results: Results
-    detectors: Mapping[str, Detector]
+    detectors: Mapping[str, Contestant]
 
 
 def benchmark(
@@ -108,7 +107,8 @@ def benchmark(
         id_test: in-distribution rows to evaluate on.
         ood: rows that are not in-distribution, by name; nearly every protocol needs some.
         scorers: ``installed`` (every scorer that needs no field and gets what it reads), or a list;
-            an item is a scorer as in ``Detector``, or a mapping ``{name, shapers, scorer}``.
+            an item is a scorer as in ``Detector``, a mapping ``{name, shapers, scorer}``, or an
+            ensemble, ``{name, members: {name: {model, shapers, scorer}}, combine}``.
         shapers: for every item that names none of its own.
         held_out: as in ``Detector.fit``.
         calibrate: in-distribution rows for thresholds; with them the false-alarm rate is measured.
@@ -157,12 +157,29 @@ def study_of(config: Any) -> Study:
     """The study that a YAML file (its path) or a mapping describes.
 
     Raises:
-        ConfigurationError: names the file, the line and the field.
+        ConfigurationError: names the file, the line and the field; trainings, which
+            ``oodcore.experiment.carry_out`` takes.
     """
     document = read(config) if isinstance(config, str | Path) else config
     checked = validate(BenchmarkConfig, document)
+    if checked.trainings:
+        raise ConfigurationError(
+            "trainings leave their models in a folder: use oodcore.experiment.carry_out, or "
+            "'oodcore benchmark'"
+        )
+    return study_from(checked)
+
+
+def study_from(checked: BenchmarkConfig, trained: Mapping[str, Extractor] | None = None) -> Study:
+    """The study that a configuration describes.
+
+    Args:
+        checked: the configuration.
+        trained: the models that its trainings leave, by name.
+    """
+    models = {**(checked.models or {}), **(trained or {})}
     return Study(
-        models=checked.models or {"": checked.extractor},
+        models=models or {"": checked.extractor},
         candidates=checked.candidates(),
         train=checked.train,
         id_test=checked.id_test,
@@ -197,7 +214,7 @@ def compare(study: Study) -> Outcome:
     seen = {}
     for name, part in divided(study).items():
         seen[name] = _observed(part)
-        check_outputs(name, part, seen[name].detectors.values())
+        check_outputs(name, part, detectors_of(seen[name].detectors.values()))
     several = len(seen) > 1
     left_out = {
         f"{split}: {name}" if several else name: reason
@@ -239,11 +256,12 @@ def compare(study: Study) -> Outcome:
 class _Observed:
     """Detectors after a study, and all that they said; ``spent`` are their scorers' seconds."""
 
-    detectors: Mapping[str, Detector]
+    detectors: Mapping[str, Contestant]
     models: Mapping[str, str]
     left_out: Mapping[str, str]
-    scores: Mapping[str, Mapping[str, np.ndarray[Any, Any]]]
-    seen: Seen
+    scores: Mapping[str, Mapping[str, Array]]
+    accuracy: Mapping[str, float]
+    correct: Mapping[str, Array]
     spent: Mapping[str, float]
     seconds: Mapping[str, float]
     pictures: Mapping[str, Picture]
@@ -253,47 +271,57 @@ class _Observed:
         calibrations = {name: self.detectors[name].calibration for name in names}
         return Scored(
             {name: self.scores[name] for name in names},
-            {self.models[n]: share for n, share in self.seen.accuracy.items() if n in names},
-            {self.models[n]: right for n, right in self.seen.correct.items() if n in names},
+            {self.models[n]: share for n, share in self.accuracy.items() if n in names},
+            {self.models[n]: right for n, right in self.correct.items() if n in names},
             {name: one for name, one in calibrations.items() if one is not None},
         )
 
 
 def _observed(study: Study) -> _Observed:
     """Fit, calibrate and score everything in a study whose classes are not divided further."""
-    taking_part = participants(study)
+    everyone = participants(study)
     seed = int(study.options.get("seed", 0))
     album = Album(seed)
     began = time.perf_counter()
     learn = partial(fit, data=study.train, held_out=study.held_out, classes=study.classes)
     try:
-        learn(detectors, watch=album.training)
+        learn(everyone.detectors, watch=album.training)
     except Exception as error:
-        failed = _failing(detectors, study) if study.installed else {}
-        if not failed or len(failed) == len(detectors):
+        failed = _failing(everyone.detectors, study) if study.installed else {}
+        if not failed or len(failed) == len(everyone.detectors):
             raise
         log.warning("left out of the comparison: %s", "; ".join(map(": ".join, failed.items())))
         log.debug("the comparison failed first", exc_info=error)
-        left_out |= failed
-        detectors = {name: one for name, one in detectors.items() if name not in failed}
+        everyone = everyone.without(failed)
         album = Album(seed)
-        learn(detectors, watch=album.training)
+        learn(everyone.detectors, watch=album.training)
+    detectors, compared = everyone.detectors, everyone.fitted(seed)
     fitted = time.perf_counter()
     if study.calibrate is not None:
-        for name, normal in score(detectors, study.calibrate).items():
+        for name, normal in everyone.scores(compared, score(detectors, study.calibrate)).items():
             calibration = Calibration(normal)
             calibration.threshold(study.false_alarm_rate)
-            detectors[name].calibration = calibration
-            detectors[name].false_alarm_rate = study.false_alarm_rate
+            compared[name].calibration = calibration
+            compared[name].false_alarm_rate = study.false_alarm_rate
     spent: dict[str, float] = {}
     seen = score_labelled(detectors, study.id_test, spent, album.of("id_test"))
-    scores = {name: {"id_test": seen.scores[name]} for name in detectors}
+    found = everyone.scores(compared, seen.scores)
+    scores = {name: {"id_test": values} for name, values in found.items()}
     for title, rows in study.ood.items():
-        for name, values in score(detectors, rows, spent, album.of(title)).items():
+        said = score(detectors, rows, spent, album.of(title))
+        for name, values in everyone.scores(compared, said).items():
             scores[name][title] = values
-    seconds = {"fitting": fitted - began, "scoring": time.perf_counter() - fitted}
-    pictures = album.pictures(models, ["id_test", *study.ood])
-    return _Observed(detectors, models, left_out, scores, seen, spent, seconds, pictures)
+    return _Observed(
+        compared,
+        {name: everyone.models[name] for name in compared},
+        everyone.left_out,
+        scores,
+        {n: seen.accuracy[d] for n in compared if (d := everyone.alone(n)) in seen.accuracy},
+        {n: seen.correct[d] for n in compared if (d := everyone.alone(n)) in seen.correct},
+        {name: everyone.spent(name, spent) for name in compared},
+        {"fitting": fitted - began, "scoring": time.perf_counter() - fitted},
+        album.pictures(everyone.models, ["id_test", *study.ood]),
+    )
 
 
 def _group_of(study: Study) -> dict[str, str]:

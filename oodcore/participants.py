@@ -145,7 +145,7 @@ def participants(study: Study) -> Participants:
                 _add(found, name, detector, title)
                 found.order.append(name)
             elif not candidate.models:
-                _join(found, name, candidate, {m: title for m in candidate.members}, models)
+                _join(found, name, candidate, dict.fromkeys(candidate.members, title), models)
     for candidate in study.candidates:
         if isinstance(candidate, Joint) and candidate.models:
             titles = {member: str(part.model) for member, part in candidate.members.items()}

@@ -12,6 +12,7 @@ from torch import nn
 from oodcore.component import Component
 from oodcore.data import Source, Stream
 from oodcore.detector import Detector
+from oodcore.ensemble import Ensemble
 from oodcore.extractor import FeatureModel
 from oodcore.plugins import registry
 from oodcore.records import Method
@@ -20,10 +21,11 @@ if TYPE_CHECKING:
     from oodcore.evaluation import Study
 
 
-def taking_part(study: Study, detectors: Iterable[Detector]) -> list[Component]:
+def taking_part(study: Study, detectors: Iterable[Detector | Ensemble]) -> list[Component]:
     """The components of a study: methods, extractors and sources."""
-    parts: list[Component] = []
-    for detector in detectors:
+    detectors = list(detectors)
+    parts: list[Component] = [one.combination for one in detectors if isinstance(one, Ensemble)]
+    for detector in (part for one in detectors for part in _members(one)):
         parts += [*detector.shapers, detector.scorer]
         parts += [detector.extractor] if detector.extractor is not None else []
     rows = [study.train, study.held_out, study.calibrate, study.id_test, *study.ood.values()]
@@ -35,24 +37,39 @@ def taking_part(study: Study, detectors: Iterable[Detector]) -> list[Component]:
     return parts
 
 
-def described(detector: Detector) -> dict[str, Any]:
-    """A detector's shapers and scorer, in plain JSON values."""
+def described(detector: Detector | Ensemble) -> dict[str, Any]:
+    """The shapers and the scorer of a detector, or of each member of an ensemble, in plain JSON."""
+    if isinstance(detector, Ensemble):
+        members = {name: described(member) for name, member in detector.members.items()}
+        return {"members": members, "combine": detector.combination.dump()}
     return {
         "shapers": [shaper.dump() for shaper in detector.shapers],
         "scorer": detector.scorer.dump(),
     }
 
 
-def cited(detector: Detector) -> str | None:
+def cited(detector: Detector | Ensemble) -> str | None:
     """The papers behind a detector."""
-    papers = [part.paper for part in (*detector.shapers, detector.scorer) if part.paper]
+    papers = [part.paper for part in _methods(detector) if part.paper]
     return " ".join(str(paper) for paper in dict.fromkeys(papers)) or None
 
 
-def methods(detector: Detector) -> tuple[Method, ...]:
+def methods(detector: Detector | Ensemble) -> tuple[Method, ...]:
     """What a detector's components compute and where that is from: shapers, then the scorer."""
-    parts = [one for part in (*detector.shapers, detector.scorer) for one in part.walk()]
+    parts = [one for part in _methods(detector) for one in part.walk()]
     return tuple(dict.fromkeys(Method(p.slot, p.kind, about(type(p)), p.paper) for p in parts))
+
+
+def _members(detector: Detector | Ensemble) -> list[Detector]:
+    return list(detector.members.values()) if isinstance(detector, Ensemble) else [detector]
+
+
+def _methods(detector: Detector | Ensemble) -> list[Component]:
+    """Shapers and scorers, and what combines them."""
+    parts: list[Component] = []
+    for member in _members(detector):
+        parts += [*member.shapers, member.scorer]
+    return [*parts, detector.combination] if isinstance(detector, Ensemble) else parts
 
 
 def about(cls: type[Component]) -> str:

@@ -22,6 +22,7 @@ from torch import nn
 from oodcore.component import Settings
 from oodcore.engine import prepare_model, taking_part
 from oodcore.errors import ArtifactError
+from oodcore.factory import Arguments
 from oodcore.messages import explain
 from oodcore.regularizer import Run, TrainModel
 from oodcore.training_config import Blueprint, TrainingConfig
@@ -45,9 +46,12 @@ class _Seal(Settings):
     seed: NonNegativeInt
     head: str
     fingerprint: str
+    arguments: Arguments | None = None
 
 
-SHAPE = tuple(name for name in _Seal.model_fields if name not in ("head", "fingerprint"))
+SHAPE = tuple(
+    name for name in _Seal.model_fields if name not in ("head", "fingerprint", "arguments")
+)
 """The fields of a Run that a finished run records."""
 
 
@@ -95,7 +99,7 @@ class RunFolder:
                 f"{self.path} holds {state}; give overwrite=True to replace it, or another folder"
             )
         if self.started and resume:
-            self._refuse_another(config)
+            self.refuse_another(config)
             return
         for name in (RECORD, WEIGHTS, METRICS, CONFIG):
             (self.path / name).unlink(missing_ok=True)
@@ -180,7 +184,10 @@ class RunFolder:
         target = "the network that starts from it"
         if network is None:
             target = f"the network of {self.path / CONFIG}"
-            network = blueprint.network.build(seal.seed)
+            origin = blueprint.network
+            if seal.arguments is not None:
+                origin = origin.model_copy(update={"arguments": seal.arguments})
+            network = origin.build(seal.seed)
         model = TrainModel(network, seal.head)
         run = Run(model=model, **{name: getattr(seal, name) for name in SHAPE})
         with torch.random.fork_rng(devices=[]):
@@ -214,7 +221,8 @@ class RunFolder:
         ours |= {_part(name) for name in ours} | {CHECKPOINTS}
         return sorted({entry.name for entry in self.path.iterdir()} - ours)
 
-    def _refuse_another(self, config: TrainingConfig) -> None:
+    def refuse_another(self, config: TrainingConfig) -> None:
+        """Raise an ArtifactError if the run that was begun here learns something else."""
         before, given = self._read(CONFIG), config.learning()
         changed = [name for name, value in given.items() if before.get(name) != value]
         if changed:

@@ -9,13 +9,14 @@ from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema
 
 from oodcore.component import Component, notes
-from oodcore.config import BenchmarkConfig, DetectorConfig
+from oodcore.config import BenchmarkConfig, DetectorConfig, EnsembleConfig
 from oodcore.errors import ConfigurationError
 from oodcore.plugins import registry
 from oodcore.training_config import TrainingConfig
 
 TARGETS: dict[str, type[BaseModel]] = {
     "detector": DetectorConfig,
+    "ensemble": EnsembleConfig,
     "benchmark": BenchmarkConfig,
     "training": TrainingConfig,
 }
@@ -31,7 +32,7 @@ def schema(target: str = "detector") -> Schema:
     kind and its fields. What a schema cannot say, such as rules between fields, it leaves open.
 
     Args:
-        target: "detector", "benchmark" or "training".
+        target: "detector", "ensemble", "benchmark" or "training".
 
     Raises:
         ConfigurationError: another target.

@@ -18,8 +18,8 @@ from oodcore.store import FeatureStore
 
 Path = tuple[str, ...]
 
-ROUNDING = 1e-9
-"""Scores that are closer than this, relative to their size, are taken for equal."""
+ROUNDING = 1e-4
+"""How near two scores are that count as equal, in units of how far scores spread around them."""
 
 
 class Scorer(Component):
@@ -118,7 +118,8 @@ class Combination(Scorer):
             ``none``; ``mean``, divided by its mean; ``zscore``, less its mean and divided by its
             standard deviation (population; a constant score becomes 0); ``ecdf``, the share of
             held-out scores below it, ties counted half: ``(below + ties / 2 + 1/2) / (n + 1)``.
-            Scores that differ by rounding (1e-9 of their size, or of the median size) are tied.
+            Scores that differ by rounding are tied: by 1e-4 of the interquartile range, or of the
+            distance to the median where that is larger.
     """
 
     held_out: ClassVar[bool] = True
@@ -198,8 +199,10 @@ class Combination(Scorer):
         known = state["sorted"].T.contiguous()
         asked = scores.detach().T.contiguous()
         # Copies of a row have scores that differ by rounding, which depends on their batches.
-        typical = known.abs().median(dim=1, keepdim=True).values
-        margin = ROUNDING * torch.maximum(asked.abs(), typical)
+        count = known.shape[1]
+        median, spread = known[:, [count // 2]], known[:, [3 * count // 4]] - known[:, [count // 4]]
+        margin = ROUNDING * torch.maximum((asked - median).abs(), spread)
+        margin = torch.maximum(margin, 1e-9 * torch.maximum(asked.abs(), median.abs()))
         below = torch.searchsorted(known, asked - margin)
         upto = torch.searchsorted(known, asked + margin, right=True)
         ranks: Tensor = ((below + upto).T.to(scores) / 2 + 0.5) / (known.shape[1] + 1)

@@ -20,7 +20,7 @@ from oodcore.data import Batch, to_device
 from oodcore.engine import Engine
 from oodcore.errors import ConfigurationError, ExtraError
 from oodcore.extractor import FeatureModel
-from oodcore.factory import load_weights
+from oodcore.factory import load_weights, settled
 from oodcore.plugins import registry
 from oodcore.regularizer import Run, TrainModel, place
 from oodcore.run_folder import RunFolder
@@ -306,5 +306,6 @@ def _record(config: TrainingConfig, engine: Engine) -> dict[str, Any]:
         "lightning": lightning.__version__,
         "device": engine.run.device.type,
         "processes": engine.run.world,
+        "arguments": settled(config.network.factory, config.network.arguments),
         "metrics": engine.history[-1],
     }

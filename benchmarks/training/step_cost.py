@@ -28,7 +28,7 @@ PLAIN = "cross-entropy alone"
 def table(*, quick: bool = False) -> Table:
     """Seconds of a step, and how many times those of plain cross-entropy they are."""
     chosen = {PLAIN: [], **installed.runs()}
-    repeats, network = 7, NETWORK
+    repeats, network = 5, NETWORK
     if quick:
         chosen = {name: chosen[name] for name in (PLAIN, "sam")}
         repeats = 1

@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 
+from oodcore.candidates import Part
 from oodcore.cli import streams
 from oodcore.config import (
     BenchmarkConfig,
     Candidate,
     Configuration,
     DetectorConfig,
+    EnsembleConfig,
+    Joint,
     candidates,
     read,
     validate,
@@ -66,12 +69,14 @@ def _meant(document: Document) -> list[type[Configuration] | type[TrainingConfig
     names = set(document.data)
     if "network" in names:
         return [TrainingConfig]
-    if names & {"scorers", "models"}:
+    if names & {"scorers", "models", "trainings"}:
         return [BenchmarkConfig]
+    if "members" in names:
+        return [EnsembleConfig]
     if "scorer" not in names:
         raise ConfigurationError(
-            f"{document.file}: a detector has a 'scorer', a benchmark 'scorers' and a training run "
-            f"a 'network'; this has {', '.join(names) or 'nothing'}"
+            f"{document.file}: a detector has a 'scorer', an ensemble 'members', a benchmark "
+            f"'scorers' and a training run a 'network'; this has {', '.join(names) or 'nothing'}"
         )
     return [DetectorConfig, *([BenchmarkConfig] if names >= {"id_test", "ood"} else [])]
 
@@ -85,7 +90,10 @@ def _told(config: Configuration | TrainingConfig) -> str:
         )
     if isinstance(config, BenchmarkConfig):
         detectors = [str(candidate.name) for candidate in config.candidates()]
-        models = f" on {_several(len(config.models), 'model')}" if config.models else ""
+        number = len(config.models or ()) + len(config.trainings or ())
+        models = f" on {_several(number, 'model')}" if number else ""
+        trained = len(config.trainings or ())
+        models += f", {trained} to be trained" if trained else ""
         plain = config.protocol.kind == "separation"
         protocol = "" if plain else f", protocol {config.protocol.kind}"
         sets = f", {_several(len(config.ood), 'OOD set')}" if config.ood else ""
@@ -93,11 +101,21 @@ def _told(config: Configuration | TrainingConfig) -> str:
             f"a benchmark: {_several(len(detectors), 'detector')}{models}"
             f"{sets}{protocol}: {', '.join(detectors)}"
         )
+    given = [name for name in ("train", "held_out", "calibrate") if getattr(config, name)]
+    if isinstance(config, EnsembleConfig):
+        joint = Joint(
+            members={
+                name: Part(scorer=one.scorer, shapers=one.shapers)
+                for name, one in config.members.items()
+            },
+            combine=config.combine,
+        )
+        (candidate,) = candidates([joint], config.shapers)
+        return f"an ensemble: {candidate.name}, with {', '.join(given) or 'no data'}"
     assert isinstance(config, DetectorConfig)
     item = Candidate(shapers=config.shapers, scorer=config.scorer)
     (candidate,) = candidates([item])
     model = f" on {config.extractor.kind}" if config.extractor else ""
-    given = [name for name in ("train", "held_out", "calibrate") if getattr(config, name)]
     return f"a detector: {candidate.name}{model}, with {', '.join(given) or 'no data'}"
 
 
@@ -122,9 +140,13 @@ def _loaded(config: Configuration | TrainingConfig) -> Iterator[str]:
         size = sum(parameter.numel() for parameter in network.parameters())
         yield f"network: {type(network).__name__}, {size} parameters"
         return
-    models: Mapping[str, Extractor | None] = {"extractor": config.extractor}
-    if isinstance(config, BenchmarkConfig) and config.models:
-        models = {f"models.{name}": model for name, model in config.models.items()}
+    models: dict[str, Extractor | None] = {"extractor": config.extractor}
+    if isinstance(config, BenchmarkConfig):
+        models |= {f"models.{name}": model for name, model in (config.models or {}).items()}
+        for name, training in (config.trainings or {}).items():
+            yield from (f"trainings.{name}.{line}" for line in _loaded(training))
+    if isinstance(config, EnsembleConfig):
+        models |= {f"members.{name}": one.extractor for name, one in config.members.items()}
     for name, extractor in models.items():
         if extractor is not None:
             yield f"{name}: {_seen(extractor, first)}"

@@ -216,7 +216,7 @@ def _check(
 @_command("schema")
 def _schema(
     target: Annotated[
-        str, typer.Argument(metavar="TARGET", help="detector, benchmark or training.")
+        str, typer.Argument(metavar="TARGET", help="detector, ensemble, benchmark or training.")
     ] = "detector",
 ) -> None:
     """The JSON Schema of a configuration, for editors."""
@@ -253,7 +253,7 @@ def _fit(
     ] = False,
     cache: Cache = None,
 ) -> None:
-    """Fit and calibrate a detector, and save it as an artifact.
+    """Fit and calibrate a detector or an ensemble, and save it as an artifact.
 
     The configuration says on which rows: train, held_out and calibrate.
     """
@@ -318,14 +318,24 @@ def _score(
 
 
 @_command("benchmark")
-def _benchmark(config: Config, out: Out, cache: Cache = None, as_json: Json = False) -> None:
+def _benchmark(
+    config: Config,
+    out: Out,
+    cache: Cache = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Train again what has another configuration by now."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Compare detectors on many data sets.
 
-    It leaves results.json, results.csv and report.html.
+    It leaves results.json, results.csv and report.html. What the file's trainings leave is in
+    models/: a run that is finished stays, one that was killed goes on.
     """
     from oodcore.cli import work
 
-    work.run_benchmark(config, out, cache, as_json)
+    work.run_benchmark(config, out, cache, overwrite, as_json)
 
 
 @_command("report")

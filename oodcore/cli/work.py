@@ -5,11 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,17 @@ from oodcore.cache import Cache
 from oodcore.calibration import check_rows
 from oodcore.cli import streams
 from oodcore.component import Component
-from oodcore.config import DetectorConfig, read, validate
+from oodcore.config import DetectorConfig, EnsembleConfig, read, validate
 from oodcore.data import Batch, Stream
 from oodcore.demo import demo
 from oodcore.detector import Detector, load
 from oodcore.document import parse
 from oodcore.ensemble import Ensemble
 from oodcore.errors import ConfigurationError
-from oodcore.evaluation import compare, study_of
+from oodcore.experiment import REPORT, OnProgress, carry_out
 from oodcore.features import Features
 from oodcore.metrics import METRICS
+from oodcore.participants import detectors_of
 from oodcore.plugins import registry
 from oodcore.report import write
 from oodcore.results import Results, write_text
@@ -42,14 +42,7 @@ from oodcore.training_config import TrainingConfig
 def demonstrate(out: Path) -> None:
     """Run the demonstration, print its table, the best detector and where everything is."""
     with _one_thread(), streams.bars() as bars:
-        reports: dict[str, Any] = {}
-
-        def report(title: str, done: int, total: int, numbers: Mapping[str, float]) -> None:
-            if title not in reports:
-                reports[title] = bars.steps(f"training {title}")
-            reports[title](done, total, numbers)
-
-        outcome = demo(out, on_progress=report)
+        outcome = demo(out, on_progress=_training(bars))
     best = outcome.detectors[outcome.results.best()]
     streams.draw(outcome.results.table())
     streams.write(f"\n{_verdict(outcome.results)}\n")
@@ -64,7 +57,8 @@ def demonstrate(out: Path) -> None:
         streams.write(f"{name:<9} {', '.join(str(out / file) for file in files)}")
     command = ["oodcore", "score", str(out / "detector"), _example(outcome.results)]
     command += ["--out", "scores.csv"]
-    for name in best.extractor.code() if best.extractor else ():
+    extractors = [one.extractor for one in detectors_of([best]) if one.extractor]
+    for name in dict.fromkeys(name for one in extractors for name in one.code()):
         command += ["--allow", name]
     streams.write(f"\nScore rows with the detector:\n  {shlex.join(command)}")
 
@@ -82,23 +76,25 @@ def train_network(config: Path, out: Path, resume: bool, overwrite: bool) -> Non
 
 
 def fit_detector(config: Path, out: Path, overwrite: bool, store: bool, cache: Path | None) -> None:
-    """Fit and calibrate a detector, save it, and print what was done."""
+    """Fit and calibrate a detector or an ensemble, save it, and print what was done."""
     document = read(config)
-    checked = validate(DetectorConfig, document)
+    several = "members" in document.data
+    checked = validate(EnsembleConfig if several else DetectorConfig, document)
     if checked.train is None:
         raise ConfigurationError(f"{config}: train: is needed to fit; name the rows to fit on")
     refuse_to_overwrite(out, overwrite)
     if checked.calibrate is not None and (rows := Stream(checked.calibrate).rows) is not None:
         check_rows(rows, checked.false_alarm_rate)
-    detector = Detector.from_config(document)
+    detector: Detector | Ensemble = (Ensemble if several else Detector).from_config(document)
     if cache is not None:
-        detector.cache = Cache(cache)
+        for one in detectors_of([detector]):
+            one.cache = Cache(cache)
     with streams.bars():
         detector.fit(checked.train, checked.held_out)
         if checked.calibrate is not None:
             detector.calibrate(checked.calibrate, checked.false_alarm_rate)
         detector.save(out, overwrite=overwrite, store=store)
-    streams.write(f"fitted {detector.scorer.kind} on {_rows_of(detector)}; {_threshold(detector)}")
+    streams.write(f"fitted {_told(detector)}; {_threshold(detector)}")
     streams.write(f"saved to {out}")
 
 
@@ -136,7 +132,7 @@ def score_rows(
     source = _source(given)
     detector: Detector | Ensemble = load(artifact, allow=allow, sha256=sha256)
     if cache is not None:
-        for one in detector.members.values() if isinstance(detector, Ensemble) else [detector]:
+        for one in detectors_of([detector]):
             one.cache = Cache(cache)
     rate = _rate(detector, rate)
     rows = _Numbered(source, detector)
@@ -159,17 +155,15 @@ def score_rows(
         streams.write(f"scored {len(scores)} rows, {told}: {out}")
 
 
-def run_benchmark(config: Path, out: Path, cache: Path | None, as_json: bool) -> None:
-    """Compare detectors, write results and report, print the table."""
-    study = study_of(config)
-    if cache is not None:
-        study = replace(study, options={**study.options, "cache": cache})
-    if os.path.lexists(out) and not out.is_dir():
-        raise ConfigurationError(f"{out} is no folder; give --out another")
-    with streams.bars():
-        results = compare(study).results
-        results.save(out)
-    report = write(results, out / "report.html")
+def run_benchmark(
+    config: Path, out: Path, cache: Path | None, overwrite: bool, as_json: bool
+) -> None:
+    """Train what is to be trained, compare detectors, write results and report, print the table."""
+    with streams.bars() as bars:
+        outcome = carry_out(
+            config, out, overwrite=overwrite, cache=cache, on_progress=_training(bars)
+        )
+    results, report = outcome.results, out / REPORT
     if as_json:
         streams.write_json(
             {
@@ -190,13 +184,23 @@ def render_report(folder: Path) -> None:
     streams.write(str(write(Results.load(folder), folder / "report.html")))
 
 
+def _training(bars: streams.Bars) -> OnProgress:
+    """A bar for each training, once it begins."""
+    reports: dict[str, Any] = {}
+
+    def report(title: str, done: int, total: int, numbers: Mapping[str, float]) -> None:
+        if title not in reports:
+            reports[title] = bars.steps(f"training {title}")
+        reports[title](done, total, numbers)
+
+    return report
+
+
 class _Numbered:
     """The batches of a source, and the ids that went by."""
 
     def __init__(self, source: Component, detector: Detector | Ensemble) -> None:
-        first = (
-            next(iter(detector.members.values())) if isinstance(detector, Ensemble) else detector
-        )
+        first = detectors_of([detector])[0]
         self._stream = Stream(source, batch_size=first.batch_size, num_workers=first.num_workers)
         self._seen: list[Tensor] = []
         self.total = self._stream.rows
@@ -316,7 +320,15 @@ def _rows_of(detector: Detector) -> str:
     return f"{fitting.rows} rows{held}"
 
 
-def _threshold(detector: Detector) -> str:
+def _told(detector: Detector | Ensemble) -> str:
+    """What was fitted, and on how many rows."""
+    if isinstance(detector, Detector):
+        return f"{detector.scorer.kind} on {_rows_of(detector)}"
+    members = [f"{name} on {_rows_of(member)}" for name, member in detector.members.items()]
+    return f"{detector.combination.kind} of {', '.join(members)}"
+
+
+def _threshold(detector: Detector | Ensemble) -> str:
     calibration, rate = detector.calibration, detector.false_alarm_rate
     if calibration is None or rate is None:
         return "no rows to calibrate on, so no threshold"

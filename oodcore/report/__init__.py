@@ -72,6 +72,7 @@ def render(results: Results) -> str:
         best={"name": order[0], "numbers": headline(results, order[0])},
         asked=results.configuration.get("false_alarm_rate"),
         pictures=_pictures(results),
+        basis=_basis(results),
         grid=GRID,
         data={
             "detectors": drawn,
@@ -79,6 +80,7 @@ def render(results: Results) -> str:
             "sets": [[one.name, one.group, one.rows] for one in results.data],
             "columns": columns_of(results),
             "metrics": metrics_of(results, order),
+            "basis": _basis(results),
             "main": METRICS[results.main].title,
             "mean": bool(results.metrics) and len(results.ood_data) > 1,
         },
@@ -93,6 +95,15 @@ def _explained(results: Results) -> list[str]:
     """The metrics whose meaning a reader of the page needs."""
     shown = {*results.metrics, *results.id_metrics}
     return [name for name in METRICS if name in shown]
+
+
+def _basis(results: Results) -> str:
+    """Which rows are drawn, where numbers are means over repeats."""
+    if not results.repeats:
+        return ""
+    if results.protocol.get("kind") == "open_set":
+        return f"Drawn is the first split, {results.repeats[0]}; numbers are of all."
+    return "Drawn are all rows of every set, and not the draws that the numbers are taken from."
 
 
 def _pictures(results: Results) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from oodcore import Extractor, FeatureModel, hookimpl
+from oodcore.capture import submodule
 from oodcore.component import FilePath
 from oodcore.errors import ConfigurationError
 from oodcore.hookspecs import Register
@@ -24,6 +25,8 @@ class RunExtractor(Extractor):
     Args:
         path: the run's folder.
         layers: names of submodules of the network, and of branches, whose activations are captured.
+        drop: names of submodules of the network that are left out: what they get passes on as it
+            is. SURE-OOD leaves the last layer norm out of a network that was trained with it.
         preprocess: what becomes of images before the network gets them; the run's where it is left
             out.
     """
@@ -32,15 +35,19 @@ class RunExtractor(Extractor):
 
     path: FilePath
     layers: tuple[str, ...] = ()
+    drop: tuple[str, ...] = ()
 
     def load(self) -> FeatureModel:
         """The model, on the CPU.
 
         Raises:
             ArtifactError: no finished run, or a file of it that is damaged.
-            ConfigurationError: the factory cannot be imported or called; no such layer.
+            ConfigurationError: the factory cannot be imported or called; no such layer, or nothing
+                of that name to leave out.
         """
         model, blueprint = RunFolder(self.path).load()
+        for name in self.drop:
+            _leave_out(model, name)
         preprocess = blueprint.preprocess if self.preprocess is None else self.preprocess
         return FeatureModel.wrap(_branched(model), model.head_name, self.layers, preprocess)
 
@@ -72,6 +79,16 @@ class _Beside:
     def __call__(self, head: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         for branch in self._branches:
             branch(args[0])
+
+
+def _leave_out(model: TrainModel, name: str) -> None:
+    """Put the identity in place of a submodule of the network."""
+    submodule(model.network, name)
+    head = model.head_name
+    if not name or head == name or head.startswith(f"{name}."):
+        raise ConfigurationError(f"drop: '{name}' holds the head, without which there is no model")
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.network.get_submodule(parent), leaf, nn.Identity())
 
 
 def _branched(model: TrainModel) -> nn.Module:

@@ -19,6 +19,9 @@ from oodcore.statistics import ClassMoments, State
 
 Origin = Literal["head", "mean"]
 
+HEAD_CUT_OFF = 1e-6
+"""Directions in which the head does less than this share of its most are rounding to float32."""
+
 
 class Residual(Scorer):
     """``-||R' (h - u)||_2``, in the embedding's units, at most 0.
@@ -167,7 +170,7 @@ def silent(head: Head) -> Tensor:
     weight = head.scale * (unit(head.weight) if head.normalize_weight else head.weight)
     if head.bias is None:
         return torch.zeros_like(weight[0])
-    return -torch.linalg.pinv(weight) @ head.bias
+    return -torch.linalg.pinv(weight, rtol=HEAD_CUT_OFF) @ head.bias
 
 
 def second_moment(moments: Moments, origin: Tensor) -> Tensor:

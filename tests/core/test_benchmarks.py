@@ -90,7 +90,9 @@ def test_a_method_beside_itself_agrees(name, part):
 def test_both_libraries_give_the_same_scores(name, part):
     peers = part("peers")
     if not peers.available():
-        pytest.skip("pytorch-ood is installed for the benchmarks alone: run this in .venv-bench")
+        pytest.skip(
+            "pytorch-ood is installed for `make bench` alone, whose table says how far both agree"
+        )
     method = peers.METHODS[name]
     rows = method.size.small().rows()
     theirs = method.theirs.score(method.theirs.fit(rows), rows) * method.factor(rows)

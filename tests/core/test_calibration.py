@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.stats import false_discovery_control
 
+from oodcore import Detector
 from oodcore.calibration import Calibration, check_rows
 from oodcore.errors import ConfigurationError, DataError
 
@@ -205,3 +206,44 @@ def test_false_discoveries_stay_within_their_rate():
     error = np.std(shares) / math.sqrt(len(shares))
     assert np.mean(shares) <= 0.2 * 0.8 + 4 * error
     assert np.mean(shares) >= 0.1
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e-6, 1.0, 1e12, 1e300])
+def test_what_is_below_by_rounding_counts_as_equal(scale):
+    # A third of all rows are one and the same, far below the others.
+    generator = np.random.default_rng(0)
+    known = np.where(np.arange(300) % 3 == 0, -1000.0, generator.normal(size=300) - 5) * scale
+    calibration = Calibration(known)
+    same = -1000.0 * scale * (1 + 1e-5 * generator.uniform(-1, 1, 50))
+    assert not calibration.flagged(same, 0.05).any()
+    np.testing.assert_array_equal(calibration.p_values(same), 101 / 301)
+    assert not calibration.discoveries(same, 0.05).any()
+    assert calibration.flagged(np.array([-1001.0 * scale]), 0.05).all()
+
+
+def test_scores_that_are_all_equal_and_the_largest_there_are():
+    top = np.finfo(np.float64).max
+    for value in (0.0, 3.0, -top, top):
+        calibration = Calibration(np.full(40, value))
+        np.testing.assert_array_equal(calibration.p_values([value, value * (1 - 1e-12)]), 1.0)
+    np.testing.assert_array_equal(Calibration([-top, top] * 20).p_values([-top, top]), [21 / 41, 1])
+
+
+def test_the_rate_holds_for_copies_of_a_row_whatever_the_batches():
+    generator = np.random.default_rng(0)
+    train, labels = generator.normal(size=(300, 24)), generator.integers(0, 3, 300)
+
+    def drawn(count):
+        rows = generator.normal(size=(count, 24))
+        rows[generator.random(count) < 0.3] = 4.0  # one blank image, as often as that
+        return rows
+
+    detector = Detector(scorer="mahalanobis").fit((train, labels)).calibrate(drawn(400), 0.05)
+    tested = drawn(300)
+    decisions = []
+    for size in (256, 7, 1):
+        detector.batch_size = size
+        decisions.append(detector.predict(tested))
+    assert (decisions[0] == -1).mean() <= 0.05
+    np.testing.assert_array_equal(decisions[1], decisions[0])
+    np.testing.assert_array_equal(decisions[2], decisions[0])

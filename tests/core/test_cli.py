@@ -713,7 +713,7 @@ def test_the_demonstration_says_where_everything_is(said, tmp_path, monkeypatch)
     for training in data["trainings"].values():
         training |= {"epochs": 3}
         training["network"]["arguments"]["width"] = 4
-    data["benchmark"]["scorers"] = ["msp", "energy"]
+    data["scorers"] = ["msp", "energy"]
     monkeypatch.setattr(demo, "_shipped", lambda name: Document(data))
     done = said("demo", "--out", tmp_path)
     assert (done.code, done.err) == (0, "")

@@ -358,6 +358,10 @@ def test_what_is_repeated_has_its_spread():
     assert "mean ± standard deviation over 10 repeats" in page.text
     assert " ± " in page.data["metrics"]["auroc"]["texts"][0][0]
     assert " ± " in page.data["detectors"][0]["headline"][0][1]
+    assert "not the draws" in page.data["basis"]
+    splits = replace(benchmark(), protocol={"kind": "open_set"}, repeats=("low", "high"))
+    assert "the first split, low" in rendered(splits).text
+    assert rendered(benchmark()).data["basis"] == ""
 
 
 def test_scores_near_the_limits_of_float64_can_be_drawn():

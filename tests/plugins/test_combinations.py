@@ -85,6 +85,23 @@ def test_against_a_naive_computation(kind, how, weights):
     np.testing.assert_allclose(detector.score(TESTED), wanted, rtol=1e-9)
 
 
+def test_copies_of_a_row_have_one_p_value_whatever_the_batches():
+    # Products with matrices of one row and of many differ by rounding.
+    drawn = np.random.default_rng(0)
+    train, labels = drawn.normal(size=(200, 24)), drawn.integers(0, 3, 200)
+    held = drawn.normal(size=(60, 24))
+    held[10:40] = held[5]
+    scores = []
+    for fitted_by in (1, 60):
+        spec = {"kind": "sum", "scorers": ["mahalanobis"], "normalize": "ecdf"}
+        detector = Detector(scorer=spec, batch_size=fitted_by)
+        detector.fit((train, labels), held_out=(held, np.zeros(60, dtype=int)))
+        for scored_by in (1, 4, 60):
+            detector.batch_size = scored_by
+            scores.append(detector.score(held)[5:40])
+    assert len(np.unique(np.array(scores)[:, [0, *range(5, 35)]])) == 1
+
+
 @pytest.mark.parametrize("kind", OF_P_VALUES)
 def test_p_values_are_made_where_nothing_is_said(kind):
     assert registry.build("scorer", {"kind": kind, "scorers": MEMBERS}).normalize == "ecdf"

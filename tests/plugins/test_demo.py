@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from oodcore import demo
-from oodcore.config import validate
+from oodcore.config import BenchmarkConfig, validate
 from oodcore.training import train
 
-TRAININGS = validate(demo.DemoConfig, demo._shipped("digits")).trainings
+TRAININGS = validate(BenchmarkConfig, demo._shipped("digits")).trainings or {}
 
 
 def test_the_networks_differ_in_their_regularizers_alone():

@@ -26,7 +26,7 @@ from sklearn.svm import SVC, LinearSVC
 import oodcore
 from oodcore import Detector
 from oodcore.errors import ArtifactError, ConfigurationError, DataError
-from oodcore.evaluation import _unusable
+from oodcore.participants import unusable
 from oodcore.preprocess import Preprocess
 from oodcore_plugins.average import AveragedModels
 from oodcore_plugins.sklearn_extractor import ClassifierModel, SklearnExtractor
@@ -189,8 +189,8 @@ def test_a_comparison_leaves_out_what_needs_a_gradient():
     rows, labels = table()
     data = (torch.tensor(rows), labels)
     model = ClassifierModel(LogisticRegression().fit(rows, labels))
-    assert _unusable(Detector(model, scorer="odin"), data) == "needs inputs"
-    assert _unusable(Detector(model, scorer="energy"), data) is None
+    assert unusable(Detector(model, scorer="odin"), data) == "needs inputs"
+    assert unusable(Detector(model, scorer="energy"), data) is None
 
 
 def test_it_can_be_averaged_and_copied():

@@ -8,7 +8,7 @@ import torch
 
 from oodcore import Detector, Features, Head
 from oodcore.errors import ConfigurationError, DataError
-from oodcore_plugins.vim import principal
+from oodcore_plugins.vim import principal, silent
 
 GENERATOR = np.random.default_rng(0)
 WEIGHT, BIAS = GENERATOR.normal(size=(3, 8)), GENERATOR.normal(size=3) + 4
@@ -106,3 +106,13 @@ def test_without_a_head_the_origin_is_the_mean():
     scores = Detector(scorer={"kind": "residual", "origin": "mean"}).fit(train).score(train)
     assert scores.shape == (50,)
     assert (scores < 0).all()
+
+
+def test_a_head_whose_rank_only_rounding_fills():
+    """Ten classes in three dimensions of eight, kept as float32: no direction comes of rounding."""
+    generator = np.random.default_rng(5)
+    low = torch.tensor(generator.normal(size=(10, 3)) @ generator.normal(size=(3, 8)))
+    bias = torch.tensor(generator.normal(size=10))
+    exact, rounded = silent(Head(low, bias)), silent(Head(low.float().double(), bias))
+    assert float(exact.norm()) < 10
+    torch.testing.assert_close(rounded, exact, rtol=1e-4, atol=1e-5)

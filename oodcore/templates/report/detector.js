@@ -83,7 +83,8 @@ function drawings(detector) {
       strangers.length ? make("li", {}, make("i", {class: "hue"}), "the OOD set") : null,
       detector.threshold === null ? null : make("li", {}, make("i", {class: "dash"}), "calibrated threshold: flagged to its left")),
     make("div", {class: "panels"}, (strangers.length ? sets.slice(1) : sets).map(at => histogram(detector, at))),
-    make("p", {class: "quiet"}, "Further right is more in-distribution. Each histogram is scaled to its own tallest bin; the outermost bins also hold what lies beyond them."))];
+    make("p", {class: "quiet"}, "Further right is more in-distribution. Each histogram is scaled to its own tallest bin; the outermost bins also hold what lies beyond them."),
+    page.basis ? make("p", {class: "quiet"}, page.basis) : null)];
   const charts = [], notes = [];
   if (detector.curves.length) {
     const [roc, ofInside, ofOutside] = [0, 1, 2].map(kind => detector.curves.map(curves => curves[kind]));

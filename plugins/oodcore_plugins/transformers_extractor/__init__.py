@@ -13,10 +13,13 @@ from oodcore.component import FilePath
 from oodcore.errors import ConfigurationError
 from oodcore.factory import Arguments
 from oodcore.hookspecs import Register
+from oodcore_plugins.transformers_extractor.classifier import classifier
 from oodcore_plugins.transformers_extractor.inputs import give_size, give_tokens, has_tokenizer
 from oodcore_plugins.transformers_extractor.models import Task, drawn, read
 from oodcore_plugins.transformers_extractor.norms import drop_last_norm
 from oodcore_plugins.transformers_extractor.processor import preprocessing
+
+__all__ = ["TransformersExtractor", "classifier"]
 
 
 class TransformersExtractor(Extractor):

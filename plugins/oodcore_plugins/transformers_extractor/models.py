@@ -30,6 +30,8 @@ _CLASSES: dict[Task, tuple[str, str]] = {
 }
 _ATTENTION = ("attn_implementation", "_attn_implementation")
 _NAMED = 5
+_ASIDE = ("_name_or_path", "dtype", "id2label", "label2id", "torch_dtype", "transformers_version")
+"""What a configuration says besides the architecture."""
 
 logger = logging.getLogger("oodcore")
 
@@ -50,11 +52,16 @@ def library() -> Any:
     return transformers
 
 
-def read(folder: Path) -> tuple[nn.Module, Task]:
+def read(folder: Path, classes: int | None = None, seed: int = 0) -> tuple[nn.Module, Task]:
     """The classifier in a folder, with float32 weights, and what it classifies.
 
     The weights are read here and not by transformers, which would take pickles, adapters and more:
     safetensors is all that is ever opened. No code from the folder is run, nothing is downloaded.
+
+    Args:
+        folder: that ``save_pretrained`` wrote.
+        classes: K, where it is to be another than the folder's: the head is random then.
+        seed: of a random head.
 
     Raises:
         ConfigurationError: no such folder, files that are missing or damaged, a model that is no
@@ -62,10 +69,8 @@ def read(folder: Path) -> tuple[nn.Module, Task]:
     """
     transformers = library()
     _check_config(folder)
-    with _private(transformers), _explained(str(folder)):
-        config = transformers.AutoConfig.from_pretrained(
-            str(folder.resolve()), local_files_only=True, trust_remote_code=False
-        )
+    with _private(transformers, seed), _explained(str(folder)):
+        config, before = _config(transformers, folder, classes)
         cls, task = _class(transformers, config)
         model, info = cls.from_pretrained(
             None,
@@ -74,8 +79,37 @@ def read(folder: Path) -> tuple[nn.Module, Task]:
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
+    if config.num_labels != before:
+        shape = (before, config.num_labels)
+        odd = info["mismatched_keys"]
+        info["mismatched_keys"] = [one for one in odd if (one[1][0], one[2][0]) != shape]
     _check_fit(info, folder, cls.__name__)
     return model.float(), task
+
+
+def described(folder: Path, classes: int | None = None) -> dict[str, Any]:
+    """What ``drawn`` needs to make the architecture of the classifier in a folder.
+
+    Raises:
+        ConfigurationError: no such folder, or a configuration that cannot be read.
+    """
+    transformers = library()
+    _check_config(folder)
+    with _private(transformers), _explained(str(folder)):
+        config, _ = _config(transformers, folder, classes)
+        kept = {name: value for name, value in config.to_diff_dict().items() if name not in _ASIDE}
+        return {**kept, "model_type": config.model_type, "num_labels": config.num_labels}
+
+
+def _config(transformers: Any, folder: Path, classes: int | None) -> tuple[Any, int]:
+    """The configuration in a folder, of so many classes, and how many it has itself."""
+    config = transformers.AutoConfig.from_pretrained(
+        str(folder.resolve()), local_files_only=True, trust_remote_code=False
+    )
+    before = config.num_labels
+    if classes is not None and classes != before:
+        config.num_labels = classes
+    return config, before
 
 
 def drawn(arguments: Mapping[str, Any], seed: int) -> tuple[nn.Module, Task]:
