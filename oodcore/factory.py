@@ -194,17 +194,17 @@ def network(name: str, arguments: Mapping[str, Any], seed: int = 0) -> nn.Module
     return module
 
 
-def settled(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def settled(name: str, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
     """Arguments for which a factory gives a network like that of these, with nothing on the disk.
 
     A factory whose arguments name files has a function ``settled`` of the same arguments as its
-    attribute; the arguments of any other factory stay as they are.
+    attribute. None for any other, whose arguments are settled as they are.
 
     Raises:
         ConfigurationError: as ``imported``. What that function raises goes through.
     """
     settle = getattr(imported(name), "settled", None)
-    return dict(arguments) if settle is None else dict(settle(**arguments))
+    return None if settle is None else dict(settle(**arguments))
 
 
 def load_weights(module: nn.Module, path: Path) -> None:

@@ -273,13 +273,20 @@ def test_every_view_fits_its_window(page, tmp_path, width, scheme, address):
         most = max(colours)[1]
         assert (min(most) > 200) if scheme == "light" else (max(most) < 60)
         assert len(colours) > 50
-        weak = page.look(CONTRAST)
-        assert weak == []
+        assert page.look(CONTRAST) == []
+        assert page.look(UNREACHED) == []
     finally:
         page.prefer("light")
         page.size(1280, 900)
 
 
+UNREACHED = """[...document.querySelectorAll("main:not([hidden]) .scroll, main:not([hidden]) pre")]
+  .filter(box => {
+    box.scrollLeft = 1e6;
+    const unreached = box.scrollLeft + box.clientWidth < box.scrollWidth - 1;
+    box.scrollLeft = 0;
+    return unreached;
+  }).map(box => box.outerHTML.slice(0, 80))"""
 CONTRAST = """(() => {
   const parts = text => (text.match(/[0-9.]+/g) || []).map(Number);
   const light = rgb => rgb.slice(0, 3).map(c => c / 255)
