@@ -362,7 +362,7 @@ def class_number(classes: Classes) -> int | None:
 
 
 def _largest_label(data: Any, detector: Detector) -> int | None:
-    """K from the labels of all rows, where no logits tell it and they are cheap to read.
+    """K from the labels of all rows, where no logits tell it and the data can be read twice.
 
     Raises:
         ConfigurationError: numbers so large that they can hardly be those of classes.
@@ -370,7 +370,7 @@ def _largest_label(data: Any, detector: Detector) -> int | None:
     if detector.model is not None and "logits" in detector.model.gives:
         return None
     stream = Stream(data, adapt=detector.adapt)
-    if not stream.repeatable or (detector.model is not None and not stream.whole):
+    if not stream.repeatable:
         return None
     largest, rows = -1, 0
     for batch in stream:

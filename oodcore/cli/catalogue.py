@@ -99,9 +99,18 @@ def _page(one: dict[str, Any]) -> list[Any]:
         parts.append(Text("needs  what its fields say"))
     elif needs:
         parts.append(Text(f"needs  {', '.join(needs)}"))
+    for name, space in one["search"].items():
+        parts.append(_hanging("tuned  ", f"{name}: {_range(space)} ({space['source']})"))
     if one["citation"]:
         parts.append(_hanging("paper  ", one["citation"]))
     return parts if parts[-1] else parts[:-1]
+
+
+def _range(space: dict[str, Any]) -> str:
+    """What a field is tuned over, in words."""
+    if "values" in space:
+        return ", ".join(map(_written, space["values"]))
+    return f"{space['low']} to {space['high']}{', in logarithms' if space['log'] else ''}"
 
 
 def _hanging(title: str, text: str) -> Table:

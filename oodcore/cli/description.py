@@ -91,6 +91,7 @@ def described(slot: str, kind: str) -> dict[str, Any]:
         "documentation": documentation(cls),
         "fields": fields(cls),
         "needs": needs(cls),
+        "search": {name: space.dump() for name, space in cls.search.items()},
         "citation": None if paper is None else str(paper),
     }
 

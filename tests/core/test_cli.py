@@ -341,6 +341,9 @@ def test_nothing_is_cut_off_on_a_narrow_terminal(said, monkeypatch, columns):
 def test_a_kind_is_shown_in_full(said):
     [knn] = json.loads(said("show", "knn", "--json").out)
     assert knn["needs"] == ["embeddings"]
+    assert knn["search"]["k"]["values"] == list(
+        oodcore.registry.get("scorer", "knn").search["k"].values
+    )
     assert knn["citation"] == str(oodcore.registry.get("scorer", "knn").paper)
     assert (knn["plugin"], knn["distribution"]) == ("knn", "oodcore")
     k = knn["fields"][0]

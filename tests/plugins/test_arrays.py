@@ -122,6 +122,23 @@ def test_columns_of_an_archive(tmp_path):
     np.testing.assert_allclose(near, expected, atol=1e-6)
 
 
+def test_the_labels_of_an_archive_tell_the_classes(tmp_path):
+    # A configuration has no other place to say how many there are.
+    rows, labels = np.random.default_rng(0).normal(size=(40, 5)), np.arange(40) % 3
+    np.savez(tmp_path / "x.npz", x=rows, y=labels)
+    config = {
+        "extractor": {"kind": "arrays"},
+        "scorer": "mahalanobis",
+        "train": {"kind": "npz", "path": str(tmp_path / "x.npz")},
+        "device": "cpu",
+    }
+    detector = Detector.from_config(config).fit(config["train"])
+    wanted = Detector(scorer="mahalanobis").fit((rows.astype(np.float32), labels))
+    asked = rows[:7].astype(np.float32)
+    np.testing.assert_allclose(detector.score(asked), wanted.score(asked), rtol=1e-9)
+    assert detector.model.rows_seen == 40 + 7
+
+
 def test_rows_that_are_mappings_of_a_data_set():
     h, z = drawn(ROWS, WIDTH), drawn(ROWS, CLASSES, seed=3)
 
