@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from oodcore.curves import Floats, finite_scores
 from oodcore.errors import ConfigurationError
-
-ROUNDING = 1e-4
-"""How near to a calibration score counts as it, in units of how far scores spread around it."""
+from oodcore.ties import Ties
 
 _SLACK = 1e-9
 """Keeps a rate such as 1 - 0.9, a little under a tenth in binary, from losing its last rank."""
@@ -28,12 +27,9 @@ class Calibration:
     (Vovk, Gammerman and Shafer, Algorithmic Learning in a Random World, 2005; Bates et al., Annals
     of Statistics 2023). Nothing is promised for one fixed set of calibration rows.
 
-    A score that is below a calibration score by no more than rounding counts as equal to it. The
-    same input has scores that differ by rounding in batches of different sizes; where many inputs
-    are the same, such as blank images, their score is that of many calibration rows, and all of
-    them would be flagged or none. Rounding is 1e-4 of the interquartile range of the calibration
-    scores, or of the distance to their median where that is larger: what single precision leaves
-    of a score, and too little to matter otherwise.
+    Where many calibration rows have one score up to rounding (blank images), a score as near counts
+    as equal to them; see ``oodcore.ties.Ties``. Else rounding, which depends on the batch, would
+    decide whether all further copies of such a row are flagged.
 
     Args:
         scores: ``[n]``, higher = more in-distribution; kept as a sorted float64 copy.
@@ -72,8 +68,6 @@ class Calibration:
     def threshold(self, rate: float) -> float:
         """The score below which a row is flagged: the k-th smallest, k = floor(rate (n + 1)).
 
-        What is below it by no more than rounding is not flagged.
-
         Raises:
             ConfigurationError: a rate outside (0, 1), or too few calibration scores for it; the
                 message says how many are needed.
@@ -92,7 +86,7 @@ class Calibration:
             ConfigurationError: a rate outside (0, 1), or too few calibration scores for it.
         """
         given = finite_scores(scores, "scores", empty=True)
-        flagged: NDArray[np.bool_] = self._raised(given) < self.threshold(rate)
+        flagged: NDArray[np.bool_] = self._ties.settled(given) < self.threshold(rate)
         return flagged
 
     def discoveries(self, scores: ArrayLike, fdr: float) -> NDArray[np.bool_]:
@@ -124,19 +118,11 @@ class Calibration:
 
     def _ranks(self, scores: ArrayLike) -> NDArray[np.int64]:
         given = finite_scores(scores, "scores", empty=True)
-        return 1 + np.searchsorted(self.scores, self._raised(given), side="right")
+        return 1 + np.searchsorted(self._ties.scores, self._ties.settled(given), side="right")
 
-    def _raised(self, given: Floats) -> Floats:
-        """Scores plus what rounding may have taken from them; in the same order."""
-        known, size = self.scores, len(self)
-        median = known[size // 2]
-        # Halves, for the distance of two numbers may be too large for a number.
-        spread = known[3 * size // 4] / 2 - known[size // 4] / 2
-        apart = np.maximum(np.abs(given / 2 - median / 2), spread)
-        length = np.maximum(np.abs(given), np.abs(median))
-        with np.errstate(over="ignore"):
-            raised: Floats = given + np.maximum(2 * ROUNDING * apart, 1e-9 * length)
-        return raised
+    @cached_property
+    def _ties(self) -> Ties:
+        return Ties(self.scores)
 
     def _rank(self, rate: float) -> int:
         check_rows(len(self), rate)

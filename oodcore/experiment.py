@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from oodcore.config import BenchmarkConfig, read, validate
+from oodcore.data import Source
 from oodcore.errors import ArtifactError, ConfigurationError
 from oodcore.evaluation import Outcome, compare, study_from
 from oodcore.extractor import Extractor
@@ -61,6 +62,8 @@ def carry_out(
     runs = {name: RunFolder(out / MODELS / name) for name in trainings}
     stale = set(runs) if again else _changed(trainings, runs, overwrite)
     study = study_from(checked, {name: _extractor(run) for name, run in runs.items()})
+    if stale or not all(run.finished for run in runs.values()):
+        _refuse_missing_rows(checked)
     if cache is not None:
         study = replace(study, options={**study.options, "cache": cache})
     for name, training in trainings.items():
@@ -98,6 +101,20 @@ def _changed(
                 ) from None
             changed.add(name)
     return changed
+
+
+def _refuse_missing_rows(checked: BenchmarkConfig) -> None:
+    """Open everything that is read after the trainings, which may take days.
+
+    Raises:
+        DataError: as ``Source.open``.
+    """
+    sources: list[Source | None] = [checked.train, checked.held_out, checked.calibrate]
+    sources += [checked.id_test, *(checked.ood or {}).values()]
+    for training in (checked.trainings or {}).values():
+        sources += [training.train, training.validation, training.outliers]
+    for source in dict.fromkeys(source for source in sources if source is not None):
+        source.open()
 
 
 def _extractor(run: RunFolder) -> Extractor:

@@ -108,7 +108,7 @@ class Remembered(Scorer):
         scorer: the member's.
     """
 
-    kind = "remembered"
+    kind = "member"
     held_out: ClassVar[bool] = True
 
     scorer: Annotated[Scorer, Slot("scorer")]

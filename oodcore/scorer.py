@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from pydantic import model_validator
 from torch import Tensor
@@ -15,11 +16,9 @@ from oodcore.errors import ConfigurationError, DataError
 from oodcore.features import Features
 from oodcore.statistics import State, Statistic
 from oodcore.store import FeatureStore
+from oodcore.ties import Ties
 
 Path = tuple[str, ...]
-
-ROUNDING = 1e-4
-"""How near two scores are that count as equal, in units of how far scores spread around them."""
 
 
 class Scorer(Component):
@@ -118,8 +117,7 @@ class Combination(Scorer):
             ``none``; ``mean``, divided by its mean; ``zscore``, less its mean and divided by its
             standard deviation (population; a constant score becomes 0); ``ecdf``, the share of
             held-out scores below it, ties counted half: ``(below + ties / 2 + 1/2) / (n + 1)``.
-            Scores that differ by rounding are tied: by 1e-4 of the interquartile range, or of the
-            distance to the median where that is larger.
+            Scores that many rows share up to rounding are tied too, see ``oodcore.ties.Ties``.
     """
 
     held_out: ClassVar[bool] = True
@@ -196,20 +194,20 @@ class Combination(Scorer):
         if self.normalize == "zscore":
             deviations: Tensor = (scores - state["mean"]) / state["spread"]
             return deviations
-        known = state["sorted"].T.contiguous()
-        asked = scores.detach().T.contiguous()
-        # Copies of a row have scores that differ by rounding, which depends on their batches.
-        count = known.shape[1]
-        median, spread = known[:, [count // 2]], known[:, [3 * count // 4]] - known[:, [count // 4]]
-        margin = ROUNDING * torch.maximum((asked - median).abs(), spread)
-        margin = torch.maximum(margin, 1e-9 * torch.maximum(asked.abs(), median.abs()))
-        below = torch.searchsorted(known, asked - margin)
-        upto = torch.searchsorted(known, asked + margin, right=True)
-        ranks: Tensor = ((below + upto).T.to(scores) / 2 + 0.5) / (known.shape[1] + 1)
-        return ranks
+        columns = zip(state["sorted"].T.cpu(), scores.detach().T.cpu(), strict=True)
+        return torch.stack([_ranks(*column) for column in columns], dim=1).to(scores)
 
     def score(self, features: Features, state: State) -> Tensor:
         return self.combine(self.normalized(self.member_scores(features, state), state))
+
+
+def _ranks(known: Tensor, asked: Tensor) -> Tensor:
+    """The rank of each score among known ones in ascending order, in (0, 1)."""
+    ties = Ties(known.numpy())
+    given = ties.settled(asked.numpy())
+    below = np.searchsorted(ties.scores, given)
+    upto = np.searchsorted(ties.scores, given, side="right")
+    return torch.from_numpy(((below + upto) / 2 + 0.5) / (len(known) + 1))
 
 
 def parts(scorer: Scorer) -> list[tuple[Path, Scorer]]:

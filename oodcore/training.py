@@ -85,6 +85,7 @@ def train(
         if folder.finished:
             return folder.path
         engine, batches, validation = _assembled(config, device, rank, world)
+        arguments = settled(config.network.factory, config.network.arguments)
         optimizer = config.optimizer.build(_trainable(engine.run.model))
         if (state := folder.load_checkpoint()) is not None:
             engine.run.model.load_state_dict(state["model"])
@@ -119,7 +120,7 @@ def train(
             after_step=after_step,
         )
         if done and rank == 0:
-            folder.finish(engine.run, _record(config, engine))
+            folder.finish(engine.run, _record(config, engine, arguments))
         _barrier(world)
     return folder.path
 
@@ -292,7 +293,9 @@ def _on(device: torch.device, batches: Iterator[Batch]) -> Iterator[Batch]:
         yield Batch(*(to_device(part, device) for part in (batch.inputs, batch.labels, batch.ids)))
 
 
-def _record(config: TrainingConfig, engine: Engine) -> dict[str, Any]:
+def _record(
+    config: TrainingConfig, engine: Engine, arguments: Mapping[str, Any] | None
+) -> dict[str, Any]:
     """What a finished run says of how it came about."""
     import lightning
 
@@ -306,6 +309,6 @@ def _record(config: TrainingConfig, engine: Engine) -> dict[str, Any]:
         "lightning": lightning.__version__,
         "device": engine.run.device.type,
         "processes": engine.run.world,
-        "arguments": settled(config.network.factory, config.network.arguments),
+        "arguments": arguments,
         "metrics": engine.history[-1],
     }

@@ -12,7 +12,15 @@ from measure import Table
 Row = dict[str, Any]
 LOWER = ("fpr95_id", "ece", "aurc", "wfc", "cfc")
 """Metrics of which less is better."""
-PERCENT = ("auroc", "fpr95_id", "oscr", "accuracy", "ece", "aurc")
+SHOWN = {
+    "auroc": ("AUROC", 100, " points"),
+    "fpr95_id": ("FPR95", 100, " points"),
+    "accuracy": ("accuracy", 100, " points"),
+    "aurc": ("AURC x 1000", 1000, ""),
+    "wfc": ("WFC", 1, ""),
+    "cfc": ("CFC", 1, ""),
+}
+"""The metrics of claims: title, by how much they are multiplied, and unit."""
 SURE_ENOUGH = 2.0
 """Standard errors that a mean difference has to be away from 0."""
 
@@ -134,13 +142,14 @@ def table(rows: Sequence[Row]) -> Table:
         differences = claim.differences(rows)
         if differences:
             size, verdict = judged(differences, claim.metric)
-            found.rows.append([claim.text, claim.source, claim.metric, size, verdict])
+            by = SHOWN[claim.metric][0]
+            found.rows.append([claim.text, claim.source, by, size, verdict])
     return found
 
 
 def judged(differences: Sequence[float], metric: str) -> tuple[str, str]:
     """The mean difference as text, and whether the claim holds."""
-    scale, unit = (100, " points") if metric in PERCENT else (1, "")
+    _, scale, unit = SHOWN[metric]
     middle = mean(differences)
     if len(differences) == 1:
         verdict = "better" if middle > 0 else "worse" if middle < 0 else "the same"

@@ -183,5 +183,13 @@ def cifar(sources: Mapping[str, Config]) -> Task:
         known={"low": DIVISIONS["low"]},
         seeds=(0,),
         rates=(0.1,),
-        methods=("cross_entropy", "logitnorm", "focal_cosine", "center_weight", "sure"),
+        methods=(
+            "cross_entropy",
+            "logitnorm",
+            "focal_cosine",
+            "center_weight",
+            "cosine",
+            "regmixup",
+            "sure",
+        ),
     )

@@ -121,9 +121,13 @@ def text(part: str, done: Part) -> str:
     found = tables.of(task, done["rows"])
     if part == "cifar":
         found.append(tables.published())
-    pieces = [f"### {task.title}", f"{tables.about(task, done['rows'])} {amount_of(part)}"]
-    pieces += [table.markdown().replace("### ", "#### ", 1) for table in found]
-    return "\n\n".join([*filter(None, pieces), done["made"]])
+    pieces = [
+        f"### {task.title}",
+        f"{tables.about(task, done['rows'])} {amount_of(part)}".strip(),
+        done["made"],
+        *(table.markdown().replace("### ", "#### ", 1) for table in found),
+    ]
+    return "\n\n".join(pieces)
 
 
 def amount_of(part: str) -> str:

@@ -50,8 +50,8 @@ def about(task: Task, rows: Sequence[Row]) -> str:
     arguments = json.dumps(dict(task.network["arguments"])) if task.network["arguments"] else "none"
     name = task.network["factory"].partition(":")[2]
     rates = (
-        f"The learning rate is the best of {', '.join(map(str, task.rates))} on held-out rows, "
-        "by trainings of another seed"
+        f"The learning rate is the best of {', '.join(map(str, task.rates))} by accuracy on "
+        f"held-out rows ({', '.join(task.choosing)}), of trainings of another seed"
         if len(task.rates) > 1
         else f"The learning rate is {task.rates[0]}"
     )
@@ -59,8 +59,8 @@ def about(task: Task, rows: Sequence[Row]) -> str:
     return (
         f"Known classes: {known}. Seeds {seeds}. The network is `{name}` (arguments beside the "
         f"classes: {arguments}), trained by SGD for {task.epochs} epochs in batches of "
-        f"{task.batch}. {rates}; every other field is that of the paper. The {len(trained)} "
-        f"trainings that are measured took {minutes:.0f} minutes."
+        f"{task.batch}. {rates}; every other field is that of the paper, with epochs as shares of "
+        f"the run. The {len(trained)} trainings that are measured took {minutes:.0f} minutes."
     )
 
 

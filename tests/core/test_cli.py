@@ -83,6 +83,26 @@ def place(tmp_path_factory):
         "detector.yaml": f"{model}scorer: {{kind: knn, k: 5}}\n{ROWS}",
         "bare.yaml": f"{model}scorer: msp\ntrain: {{kind: digits, split: train, {SIX}}}\n",
         "benchmark.yaml": f"{model}scorers: [msp, {{kind: knn, k: 5}}]\n{ROWS}",
+        "ensemble.yaml": f"""\
+{model}members:
+  one: {{scorer: {{kind: knn, k: 5}}}}
+  two: {{{model.strip()}, shapers: [react], scorer: energy}}
+combine: {{kind: sum, normalize: zscore}}
+{ROWS}""",
+        "trained.yaml": f"""\
+trainings:
+  fresh:
+    network: {{factory: "{FACTORY}", arguments: {{classes: 6, width: 4}}}}
+    train: {{kind: digits, split: train, {SIX}}}
+    epochs: 1
+models: {{old: {{kind: run, path: {json.dumps(str(folder / "run"))}}}}}
+scorers:
+  - msp
+  - name: both
+    members: {{a: {{model: old, scorer: msp}}, b: {{model: fresh, scorer: energy}}}}
+    combine: {{kind: sum, normalize: mean}}
+  - {{name: same, members: {{a: {{scorer: msp}}, b: {{scorer: max_norm}}}}}}
+{ROWS}""",
         "source.yaml": "kind: digits\nsplit: test\nclasses: [6, 7, 8, 9]\n",
     }
     for name, text in texts.items():
@@ -417,6 +437,10 @@ def test_check_says_what_a_file_is(said, place):
             "a benchmark: 1 detector, 2 OOD sets: knn",
         ],
         "bare": ["a detector: msp on run, with train"],
+        "ensemble": ["an ensemble: sum of one: knn, two: react + energy, with train, calibrate"],
+        "trained": [
+            "a benchmark: 3 detectors on 2 models, 1 to be trained, 2 OOD sets: msp, both, same"
+        ],
     }.items():
         path = place / f"{name}.yaml"
         done = said("check", path)
@@ -445,12 +469,25 @@ def test_check_of_what_is_no_configuration(said, tmp_path):
     assert "this has scoer" in done.err
 
 
-@pytest.mark.parametrize("target", ["detector", "benchmark", "training"])
+def test_check_opens_what_trainings_and_members_name(said, place):
+    told = said("check", place / "trained.yaml", "--allow")
+    assert told.code == 0
+    assert re.search(
+        r"^  trainings\.fresh\.train: \d+ rows of \[1, 8, 8\]$", told.out, re.MULTILINE
+    )
+    assert any(line.startswith("  trainings.fresh.network: DigitsCNN, ") for line in told.lines)
+    assert "  models.old: DigitsCNN, 16 embeddings and 6 logits" in told.lines
+    told = said("check", place / "ensemble.yaml", "--allow").lines
+    assert "  members.two: DigitsCNN, 16 embeddings and 6 logits" in told
+
+
+@pytest.mark.parametrize("target", ["detector", "ensemble", "benchmark", "training"])
 def test_schemas_are_schemas(said, target):
     done = said("schema", target)
     schema = json.loads(done.out)
     Draft202012Validator.check_schema(schema)
     needed = {"detector": "scorer", "benchmark": "id_test", "training": "network"}
+    needed["ensemble"] = "members"
     assert needed[target] in schema["required"]
     assert done.err == ""
 
@@ -699,6 +736,42 @@ def test_a_benchmark_leaves_results_and_a_report(said, place, tmp_path, monkeypa
     report.unlink()
     assert said("report", tmp_path / "b").lines == [str(report)]
     assert report.read_text() == before
+
+
+def test_an_ensemble_is_fitted_and_scores(said, place, tmp_path):
+    done = said("fit", place / "ensemble.yaml", "--out", tmp_path / "e")
+    assert (done.code, done.err) == (0, "")
+    assert done.lines[0].startswith("fitted sum of one on ")
+    assert "a false-alarm rate of 0.05" in done.lines[0]
+    loaded = oodcore.load(tmp_path / "e", allow=[FACTORY])
+    assert list(loaded.members) == ["one", "two"]
+    source = place / "source.yaml"
+    command = ("score", tmp_path / "e", source, "--out", tmp_path / "s.csv", "--allow", FACTORY)
+    assert said(*command).code == 0
+    with (tmp_path / "s.csv").open(newline="") as file:
+        scores = [float(row["score"]) for row in csv.DictReader(file)]
+    rows = oodcore.registry.build("source", {"kind": "digits", "split": "test",
+                                             "classes": [6, 7, 8, 9]})  # fmt: skip
+    np.testing.assert_allclose(scores, loaded.score(rows), rtol=1e-9)
+
+
+def test_a_benchmark_trains_its_models(said, place, tmp_path):
+    done = said("benchmark", place / "trained.yaml", "--out", tmp_path)
+    assert (done.code, done.err) == (0, "")
+    assert [entry.name for entry in Results.load(tmp_path).entries] == [
+        *("old/msp", "old/same", "fresh/msp", "fresh/same", "both")
+    ]
+    weights = (tmp_path / "models" / "fresh" / "model.safetensors").read_bytes()
+    other = tmp_path / "other.yaml"
+    other.write_text((place / "trained.yaml").read_text().replace("epochs: 1", "epochs: 2"))
+    refused = said("benchmark", other, "--out", tmp_path)
+    assert refused.code == 1
+    assert "trainings.fresh: " in only_line(refused.err)
+    assert "epochs was 1 and is 2" in refused.err
+    assert "--overwrite" in refused.err
+    assert (tmp_path / "models" / "fresh" / "model.safetensors").read_bytes() == weights
+    assert said("benchmark", other, "--out", tmp_path, "--overwrite").code == 0
+    assert (tmp_path / "models" / "fresh" / "model.safetensors").read_bytes() != weights
 
 
 def test_results_go_to_a_folder(said, place, tmp_path):

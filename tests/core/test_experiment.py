@@ -10,7 +10,7 @@ import pytest
 from toy_runs import Clusters, registered, same, weights
 
 from oodcore.config import BenchmarkConfig, validate
-from oodcore.errors import ArtifactError, ConfigurationError
+from oodcore.errors import ArtifactError, ConfigurationError, DataError
 from oodcore.evaluation import study_of
 from oodcore.experiment import carry_out
 from oodcore.results import Results
@@ -123,9 +123,7 @@ def test_a_run_of_another_configuration_is_replaced_only_where_that_is_said(tmp_
     assert all(same(before[name], models(tmp_path)[name]) for name in before)
 
     trained = []
-    carry_out(
-        changed, tmp_path, overwrite=True, on_progress=lambda name, *_: trained.append(name)
-    )
+    carry_out(changed, tmp_path, overwrite=True, on_progress=lambda name, *_: trained.append(name))
     assert set(trained) == {"two", "three"}
     assert same(before["one"], models(tmp_path)["one"])
     assert not same(before["two"], models(tmp_path)["two"])
@@ -147,6 +145,20 @@ def test_nothing_else_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigurationError, match="is no folder"):
         carry_out(experiment(one=training()), tmp_path / "file")
+
+
+def test_rows_that_are_missing_are_noticed_before_anything_is_trained(tmp_path: Path) -> None:
+    missing = {"kind": "npz", "path": str(tmp_path / "none.npz")}
+
+    def never(*told: Any) -> None:
+        raise AssertionError(told)
+
+    for config in (
+        {**experiment(one=training()), "ood": {"far": missing}},
+        experiment(one=training(), two=training(train=missing)),
+    ):
+        with pytest.raises(DataError, match=r"none\.npz"):
+            carry_out(config, tmp_path / "out", on_progress=never)
 
 
 def test_a_study_alone_trains_nothing() -> None:
@@ -176,7 +188,7 @@ def test_what_is_wrong_with_trainings_is_said_at_its_place() -> None:
         "trainings.one: is one of models already; give it another name"
     ]
     assert wrong(experiment(one=training(epochs=0))) == [
-        "trainings.one.epochs: must be above 0, not 0"
+        "trainings.one.epochs: must be greater than 0, not 0"
     ]
     assert wrong(experiment(one={**training(), "epoch": 3}))[0] == (
         "trainings.one.epoch: unknown field; did you mean 'epochs'?"

@@ -1,4 +1,4 @@
-"""Ensembles among the detectors of a benchmark: the same numbers, and no further pass of a model."""
+"""Ensembles among the detectors of a benchmark: the same numbers, no further pass of a model."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from oodcore import Detector, Ensemble
 from oodcore.config import BenchmarkConfig, candidates, validate
 from oodcore.errors import ConfigurationError
 from oodcore.evaluation import Outcome, Study, compare
+from oodcore.protocols import protocol_of
 
 HELD = (drawn(35, 8), torch.arange(35) % 3)
 NORMAL = drawn(99, 4)
@@ -109,6 +110,38 @@ def test_a_model_that_is_not_there() -> None:
         compared({"": Net(0)}, [joint])
     with pytest.raises(ConfigurationError, match="'one/msp' occurs twice"):
         compared({"one": Net(0), "two": Net(1)}, ["msp", {"name": "one/msp", "members": MEMBERS}])
+
+
+def test_ensembles_of_every_split() -> None:
+    def net(seed: int) -> torch.nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return torch.nn.Sequential(
+                torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)
+            )
+
+    members = {"a": {"model": "x", "scorer": "msp"}, "b": {"model": "y", "scorer": "max_norm"}}
+    joint = {"name": "both", "members": members, "combine": {"kind": "sum", "normalize": "zscore"}}
+    outcome = compare(
+        Study(
+            models={"s": {"x": net(0), "y": net(1)}, "t": {"x": net(2), "y": net(3)}},
+            candidates=candidates([joint, "energy"]),
+            train=TRAIN,
+            id_test=TEST,
+            ood={},
+            protocol=protocol_of(
+                {
+                    "kind": "open_set",
+                    "splits": {"s": {"known": [0, 1]}, "t": {"known": [2, 0]}},
+                    "classes": 3,
+                }
+            ),  # fmt: skip
+        )
+    )
+    assert {name for name in outcome.detectors if name.endswith("both")} == {"s/both", "t/both"}
+    value = outcome.results.row("both", "auroc", "unknown")
+    assert value is not None
+    assert len(value.values) == 2
 
 
 # Configurations

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from oodcore.cli import run
-from oodcore.config import BenchmarkConfig, DetectorConfig, validate
+from oodcore.config import BenchmarkConfig, DetectorConfig, EnsembleConfig, validate
 from oodcore.document import parse
 from oodcore.plugins import SLOTS, registry
 from oodcore.training_config import TrainingConfig
@@ -185,7 +185,9 @@ def _validate(block: Block) -> None:
     elif names & {"network", "regularizers", "optimizer"}:
         least = {"network": {"factory": "a:b"}, "train": "digits", "epochs": 9}
         validate(TrainingConfig, document if "network" in names else {**least, **document.data})
-    elif names & {"scorers", "models", "groups"}:
+    elif "members" in names:
+        validate(EnsembleConfig, document)
+    elif names & {"scorers", "models", "groups", "trainings"}:
         rest = {"scorers": ["msp"], "id_test": "digits", "ood": {"x": "noise"}}
         whole = {"id_test", "scorers"} <= names
         validate(BenchmarkConfig, document if whole else {**rest, **document.data})

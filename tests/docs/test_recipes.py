@@ -64,7 +64,9 @@ def test_recipes_of_a_pair_differ_in_what_they_say(one: str, other: str, fields:
     assert differing(plain(one), plain(other)) == fields
 
 
-@pytest.mark.parametrize(("name", "mixed", "ranked"), [("sure_cifar10", 0.5, 0.5), ("sure_cifar100", 1, 1)])
+@pytest.mark.parametrize(
+    ("name", "mixed", "ranked"), [("sure_cifar10", 0.5, 0.5), ("sure_cifar100", 1, 1)]
+)
 def test_settings_of_sure(name: str, mixed: float, ranked: float) -> None:
     training = (config(name).trainings or {})["sure"]
     parts = {part.kind: part.dump() for part in training.regularizers}
@@ -154,7 +156,7 @@ def test_sure_runs(name: str, place: Path) -> None:
     document["trainings"]["sure"]["network"]["arguments"]["width"] = 2
     path.write_text(json.dumps(document))
     results = carried_out(name, path)
-    assert [entry.name for entry in results.entries][0] == "sure/msp"
+    assert results.entries[0].name == "sure/msp"
     assert "aurc" in results.id_metrics
 
 
