@@ -184,7 +184,8 @@ def _validate(block: Block) -> None:
         registry.build(slots[0], document.data)
     elif names & {"network", "regularizers", "optimizer"}:
         least = {"network": {"factory": "a:b"}, "train": "digits", "epochs": 9}
-        validate(TrainingConfig, document if "network" in names else {**least, **document.data})
+        whole = least.keys() <= names
+        validate(TrainingConfig, document if whole else {**least, **document.data})
     elif "members" in names:
         validate(EnsembleConfig, document)
     elif names & {"scorers", "models", "groups", "trainings"}:
