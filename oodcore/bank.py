@@ -41,7 +41,7 @@ def _picked(rows: Rows, numbers: Tensor) -> Rows:
     """Rows by number, copied a few at a time: there are no more copies than one."""
     picked = Rows(rows.shape, rows.dtype)
     for some in torch.split(numbers, 4096):
-        picked.append(rows[some])
+        picked.adopt(rows[some])
     return picked
 
 
@@ -126,8 +126,11 @@ class Sample(_Keeping):
         columns["hashes"] = hashed(columns["ids"], self.seed, "sample")
         groups = columns["classes"] if self.per_class else torch.zeros_like(columns["ids"])
         taken = columns["hashes"] <= state["limits"][groups]
+        if not bool(taken.all()):
+            numbers = taken.nonzero().flatten()
+            columns = {name: values[numbers] for name, values in columns.items()}
         for name, values in columns.items():
-            state[name].append(values[taken])
+            state[name].append(values)
         if self.capacity is None or len(state["ids"]) <= 2 * max(state["checked"], self.capacity):
             return state
         return self._trimmed(state)

@@ -162,6 +162,8 @@ class Stream:
     def _batches(self) -> Iterator[Batch | Features]:
         data = self._data
         if isinstance(data, Features):
+            if data.ids is None:
+                data = replace(data, ids=torch.arange(self.start, self.start + len(data)))
             for first in range(0, len(data), self.batch_size):
                 yield data[first : first + self.batch_size]
             return

@@ -60,8 +60,16 @@ class Head:
 
     def to(self, *args: Any, **kwargs: Any) -> Head:
         """The head on another device or with another dtype, as ``Tensor.to``."""
+        weight = self.weight.to(*args, **kwargs)
         bias = None if self.bias is None else self.bias.to(*args, **kwargs)
-        return replace(self, weight=self.weight.to(*args, **kwargs), bias=bias)
+        if weight is self.weight and bias is self.bias:
+            return self
+        return replace(self, weight=weight, bias=bias)
+
+    def owned(self) -> Head:
+        """The head as it is at this moment: it does not follow a model that is trained further."""
+        bias = None if self.bias is None else self.bias.detach().clone()
+        return replace(self, weight=self.weight.detach().clone(), bias=bias)
 
 
 @dataclass(frozen=True)
@@ -94,9 +102,18 @@ class Features:
     rerun: Rerun | None = None
 
     def __post_init__(self) -> None:
-        for name in ("embeddings", "logits", "labels", "ids"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, Tensor):
+        given = {
+            name: value
+            for name, value in (
+                ("embeddings", self.embeddings),
+                ("logits", self.logits),
+                ("labels", self.labels),
+                ("ids", self.ids),
+            )
+            if value is not None
+        }
+        for name, value in given.items():
+            if not isinstance(value, Tensor):
                 raise DataError(
                     f"{name} must be a torch.Tensor, not {type(value).__name__}; "
                     "torch.as_tensor makes one"
@@ -107,14 +124,12 @@ class Features:
                     f"embeddings have {self.embeddings.shape[1]} columns, the head takes "
                     f"{self.head.weight.shape[1]}"
                 )
-            object.__setattr__(self, "logits", self.head(self.embeddings))
+            given["logits"] = self.head(self.embeddings)
+            object.__setattr__(self, "logits", given["logits"])
         if self.embeddings is None and self.logits is None and not self.layers:
             raise DataError("features need embeddings, logits or layers")
         rows = len(self)
-        for name in ("embeddings", "logits", "labels", "ids"):
-            value = getattr(self, name)
-            if value is None:
-                continue
+        for name, value in given.items():
             wanted = 2 if name in ("embeddings", "logits") else 1
             if value.ndim != wanted or value.shape[0] != rows:
                 shape = f"[{rows}, ...]" if wanted == 2 else f"[{rows}]"
@@ -122,7 +137,7 @@ class Features:
             if wanted == 1 and (value.is_floating_point() or value.dtype == torch.bool):
                 kind = str(value.dtype).removeprefix("torch.")
                 raise DataError(f"{name} must be integers, not {kind}")
-            if wanted == 1:
+            if wanted == 1 and value.dtype != torch.int64:
                 object.__setattr__(self, name, value.to(torch.int64))
         for name, value in self.layers.items():
             if value.shape[0] != rows:
@@ -198,19 +213,21 @@ class Features:
     def double(self) -> Features:
         """Embeddings, logits and head as float64, on the CPU where the device has none.
 
-        This is the one place where a batch is cast; layers keep their type.
+        This is the one place where a batch is cast; layers keep their type. What is float64 already
+        is not copied.
         """
         device = self.device if self.device.type != "mps" else torch.device("cpu")
         wide = torch.float64
-        # The head is copied: what is kept of it must not follow a model that is trained further.
-        return replace(
-            self,
-            embeddings=None if self.embeddings is None else self.embeddings.to(device, wide),
-            logits=None if self.logits is None else self.logits.to(device, wide),
-            labels=None if self.labels is None else self.labels.to(device),
-            ids=None if self.ids is None else self.ids.to(device),
-            head=None if self.head is None else self.head.to(device, wide, copy=True),
-        )
+        cast = {
+            "embeddings": None if self.embeddings is None else self.embeddings.to(device, wide),
+            "logits": None if self.logits is None else self.logits.to(device, wide),
+            "labels": None if self.labels is None else self.labels.to(device),
+            "ids": None if self.ids is None else self.ids.to(device),
+            "head": None if self.head is None else self.head.to(device, wide),
+        }
+        if all(getattr(self, name) is value for name, value in cast.items()):
+            return self
+        return replace(self, **cast)
 
     def check_finite(self, stage: str) -> Features:
         """These features, if every number in them is finite.

@@ -361,10 +361,7 @@ class Fitting:
 def _owned(features: Features) -> Features:
     """Features whose head has storage of its own: the model's weights may change later."""
     head = features.head
-    if head is None:
-        return features
-    bias = None if head.bias is None else head.bias.detach().clone()
-    return replace(features, head=replace(head, weight=head.weight.detach().clone(), bias=bias))
+    return features if head is None else replace(features, head=head.owned())
 
 
 def _kind(features: Features) -> dict[str, int]:

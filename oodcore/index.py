@@ -94,15 +94,20 @@ class Rows:
         if not len(values):
             return
         values = values.detach().cpu()
-        dtype = self.dtype
-        if dtype.is_floating_point and values.dtype == torch.float64:
-            narrow = values.float()
+        if values.dtype == torch.float64:
+            narrow = values.to(torch.float32, memory_format=torch.contiguous_format)
             lossless = torch.equal(narrow.double(), values)
-            dtype = torch.float32 if lossless else torch.float64
-        elif dtype.is_floating_point:
-            dtype = torch.float32
-        self.dtype = torch.promote_types(self.dtype, dtype)
-        self._add([_Segment(values.to(dtype, copy=True).contiguous(), loose=True)])
+            kept = narrow if lossless else values.clone(memory_format=torch.contiguous_format)
+        else:
+            dtype = torch.float32 if self.dtype.is_floating_point else self.dtype
+            kept = values.to(dtype, copy=True).contiguous()
+        self.adopt(kept)
+
+    def adopt(self, values: Tensor) -> None:
+        """Add rows of a type that rows are kept in, and which nobody else will write to."""
+        self.dtype = torch.promote_types(self.dtype, values.dtype)
+        if len(values):
+            self._add([_Segment(values, loose=True)])
 
     def copy(self) -> Rows:
         """Rows that share what is here and grow apart from it."""
@@ -155,6 +160,25 @@ class Rows:
                 pieces.append(piece.to(self.dtype))
             start += len(segment.values)
         return torch.cat(pieces) if pieces else torch.empty((0, *self.shape), dtype=self.dtype)
+
+    def read(self, size: int) -> Iterator[Tensor]:
+        """The rows in order, ``size`` at a time and fewer at the end.
+
+        They are put together as they are read; what is here stays in its pieces.
+        """
+        waiting: list[Tensor] = []
+        count = 0
+        for segment in tuple(self._segments):
+            values = segment.values
+            while count + len(values) >= size:
+                taken, values = values[: size - count], values[size - count :]
+                yield torch.cat([part.to(self.dtype) for part in (*waiting, taken)])
+                waiting, count = [], 0
+            if len(values):
+                waiting.append(values)
+                count += len(values)
+        if waiting:
+            yield torch.cat([part.to(self.dtype) for part in waiting])
 
     def __getitem__(self, rows: Tensor) -> Tensor:
         """Rows by number (on the CPU), for numbers of any shape."""

@@ -47,10 +47,11 @@ class Spool:
 
     def batches(self, device: torch.device, size: int = 2048) -> Iterator[Features]:
         """The rows in order."""
-        for first in range(0, len(self), size):
+        parts = zip(*(rows.read(size) for rows in self.columns.values()), strict=True)
+        for read in parts if self.columns else ():
             columns = {
-                name: rows.between(first, first + size).to(device, self.types[name])
-                for name, rows in self.columns.items()
+                name: part.to(device, self.types[name])
+                for name, part in zip(self.columns, read, strict=True)
             }
             plain = {name: columns.get(name) for name in ("embeddings", "logits", "labels", "ids")}
             layers = {

@@ -270,7 +270,7 @@ class FeatureStore:
         """Settle, on the first rows, what the classes are and where they come from."""
         self.labelling = labelling(features)
         if self.head is None:
-            self.head = features.head
+            self.head = None if features.head is None else features.head.owned()
         self.classes = class_count(features, self.classes)
         self._sizes = _sizes(features)
         layers = {name: tuple(value.shape[1:]) for name, value in features.layers.items()}
@@ -329,9 +329,11 @@ def check_labels(labels: Tensor | None, classes: int, first: int = 0) -> None:
     """Raise a DataError naming the first row whose label is not in ``0..K-1``."""
     if labels is None:
         return
-    wrong = (labels < 0) | (labels >= classes)
-    if bool(wrong.any()):
-        row = int(wrong.nonzero()[0])
+    if not len(labels):
+        return
+    least, largest = labels.aminmax()
+    if int(least) < 0 or int(largest) >= classes:
+        row = int(((labels < 0) | (labels >= classes)).nonzero()[0])
         raise DataError(
             f"row {first + row} has the label {int(labels[row])}, and labels go from 0 to "
             f"{classes - 1}; oodcore.data.select(data, classes) keeps and relabels the rest"

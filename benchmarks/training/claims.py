@@ -135,7 +135,7 @@ def table(rows: Sequence[Row]) -> Table:
         "opposite where it is as far below. The seeds of a division share their test rows, and "
         "there are many claims: this is a rule of thumb, no test."
         if count > 1
-        else "One pair of runs each, which says which was better here, and no more."
+        else "One pair of runs each, which says what came out once, and no more."
     )
     found = Table("The papers' claims", how, ["claim", "whose", "by", "better by", "verdict"])
     for claim in CLAIMS:
@@ -152,7 +152,7 @@ def judged(differences: Sequence[float], metric: str) -> tuple[str, str]:
     _, scale, unit = SHOWN[metric]
     middle = mean(differences)
     if len(differences) == 1:
-        verdict = "better" if middle > 0 else "worse" if middle < 0 else "the same"
+        verdict = "yes" if middle > 0 else "no" if middle < 0 else "the same"
         return f"{scale * middle:+.2f}{unit}", f"{verdict}, once"
     error = stdev(differences) / len(differences) ** 0.5
     text = f"{scale * middle:+.2f} ± {scale * error:.2f}{unit}"

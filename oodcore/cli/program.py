@@ -253,7 +253,7 @@ def _fit(
     ] = False,
     cache: Cache = None,
 ) -> None:
-    """Fit and calibrate a detector or an ensemble, and save it as an artifact.
+    """Fit, calibrate and save a detector or an ensemble.
 
     The configuration says on which rows: train, held_out and calibrate.
     """
@@ -275,7 +275,7 @@ def _tune(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Choose values for a detector's configuration, on validation rows.
+    """Choose values for a detector on validation rows.
 
     Its block 'tune' names them. The values that are tried are those that the scorer and the shapers
     declare. All else in the file stays as it is.

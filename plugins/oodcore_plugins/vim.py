@@ -108,10 +108,10 @@ class ViM(Scorer):
         return subspace(store, self.dim, self.origin, self.kind)
 
     def measure(self, features: Features, state: State) -> Tensor | None:
-        rows = required(features.embeddings, "embeddings")
+        rows = required(features.embeddings, "embeddings") - state["origin"]
         largest = required(features.logits, "logits").amax(dim=1)
-        whole = torch.linalg.vector_norm(rows - state["origin"], dim=1)
-        return torch.stack([largest, residual(features, state), whole], dim=1)
+        left = torch.linalg.vector_norm(rows @ state["null"], dim=1)
+        return torch.stack([largest, left, torch.linalg.vector_norm(rows, dim=1)], dim=1)
 
     def finish(self, state: State, rows: Tensor, labels: Tensor | None) -> State:
         largest, left, whole = rows.mean(dim=0)

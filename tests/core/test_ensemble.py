@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -215,3 +217,78 @@ def test_members_are_detectors() -> None:
     inner = Ensemble(members())
     with pytest.raises(ConfigurationError, match="'a' is a Ensemble"):
         Ensemble({"a": inner})  # type: ignore[dict-item]
+
+
+# Configurations
+
+
+NET = {"kind": "torch", "factory": "linear_network:network"}
+
+
+def configuration(**fields: object) -> dict[str, object]:
+    usual = {
+        "members": {
+            "cosine": {"extractor": NET, "shapers": [], "scorer": "max_cosine"},
+            "norm": {"scorer": {"kind": "knn", "k": 3}},
+        },
+        "extractor": NET | {"arguments": {"seed": 2}},
+        "shapers": ["react"],
+        "combine": {"kind": "sum", "normalize": "zscore"},
+        "batch_size": 7,
+        "seed": 4,
+        "device": "cpu",
+    }
+    return usual | fields
+
+
+@pytest.fixture
+def importable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "linear_network.py").write_text(
+        "from torch import nn\n"
+        "def network(seed=0):\n"
+        "    return nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3 + seed))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "linear_network", raising=False)
+
+
+@pytest.mark.usefixtures("importable")
+def test_from_a_mapping_and_from_a_file(tmp_path: Path) -> None:
+    ensemble = Ensemble.from_config(configuration())
+    (tmp_path / "ensemble.yaml").write_text(json.dumps(configuration()))
+    other = Ensemble.from_config(tmp_path / "ensemble.yaml")
+    for one in (ensemble, other):
+        cosine, norm = one.members["cosine"], one.members["norm"]
+        assert [shaper.kind for shaper in cosine.shapers] == []
+        assert [shaper.kind for shaper in norm.shapers] == ["react"]
+        assert cosine.extractor == oodcore.registry.build("extractor", NET)
+        assert norm.extractor != cosine.extractor
+        assert (one.seed, norm.recipe.seed, norm.batch_size) == (4, 4, 7)
+        assert one.combination.normalize == "zscore"
+    np.testing.assert_array_equal(
+        ensemble.fit((X, Y), X[:20]).score(PROBE), other.fit((X, Y), X[:20]).score(PROBE)
+    )
+
+
+def test_a_sum_where_nothing_is_said() -> None:
+    assert Ensemble.from_config({"members": {"a": {"scorer": "max_norm"}}}).combination == (
+        oodcore.registry.build("scorer", "sum")
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"combine": "msp"}, "combine: must be a combination without scorers of its own"),
+        ({"combine": {"kind": "sum", "weights": [1.0]}}, "combine.weights: there are 1 weights"),
+        ({"members": {}}, "members: must be a mapping of at least 1 item"),
+        ({"members": {"a": {"scorer": "sum"}}}, "members.a: 'sum' combines nothing"),
+        ({"members": {"a": {"scorer": "mps"}}}, "members.a.scorer: unknown scorer 'mps'"),
+        ({"members": {"a": {"model": "x", "scorer": "msp"}}}, "members.a.model: unknown field"),
+        ({"scorer": "msp"}, "scorer: unknown field"),
+    ],
+)
+def test_what_is_wrong_with_a_configuration(fields: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        Ensemble.from_config(configuration(**fields))
+    assert said in str(caught.value)

@@ -17,7 +17,7 @@ from torch import nn
 from oodcore.component import Settings
 from oodcore.errors import ConfigurationError
 from oodcore.extractor import imported as imported_from_extractor
-from oodcore.factory import Arguments, Importable, built, imported, load_weights, network
+from oodcore.factory import Arguments, Importable, built, imported, load_weights, network, settled
 
 PLAIN = st.none() | st.booleans() | st.integers(-(10**6), 10**6) | st.text(max_size=3)
 VALUES = st.recursive(
@@ -234,3 +234,11 @@ def test_a_checkpoint_without_a_state_dict(tmp_path, value):
     torch.save(value, tmp_path / "n.pt")
     with pytest.raises(ConfigurationError, match="not a state dict"):
         load_weights(net(), tmp_path / "n.pt")
+
+
+def test_arguments_are_settled_by_the_factory_that_knows_how(mine):
+    assert settled("mine:net", {"width": 5}) is None
+    imported("mine:net").settled = lambda width, classes=2: {"width": width + classes}
+    assert settled("mine:net", {"width": 5}) == {"width": 7}
+    with pytest.raises(ConfigurationError, match="cannot import"):
+        settled("mine:nothing", {})

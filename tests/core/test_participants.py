@@ -135,7 +135,7 @@ def test_ensembles_of_every_split() -> None:
                     "splits": {"s": {"known": [0, 1]}, "t": {"known": [2, 0]}},
                     "classes": 3,
                 }
-            ),  # fmt: skip
+            ),
         )
     )
     assert {name for name in outcome.detectors if name.endswith("both")} == {"s/both", "t/both"}

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from jsonschema import Draft202012Validator
 from PIL import Image
 
 from oodcore.cli import run
 from oodcore.config import BenchmarkConfig, read, validate
 from oodcore.results import Results
+from oodcore.schema import schema
 
 RECIPES = Path(__file__).parents[2] / "docs" / "recipes"
 FILES = sorted(RECIPES.glob("*.yaml"))
@@ -35,6 +37,19 @@ def test_check_needs_no_data(
     monkeypatch.chdir(tmp_path)
     assert run(["check", str(path)]) == 0
     assert "is a benchmark" in capsys.readouterr().out
+
+
+def test_editors_accept_what_oodcore_accepts() -> None:
+    benchmark = Draft202012Validator(schema("benchmark"))
+    for path in FILES:
+        assert not [error.message for error in benchmark.iter_errors(plain(path.stem))]
+    wrong = plain("dml_plus")
+    wrong["scorers"][0]["members"]["norm"]["modle"] = "mnc"
+    assert list(benchmark.iter_errors(wrong))
+    members = {"a": {"scorer": "msp", "shapers": []}, "b": {"scorer": "knn"}}
+    ensemble = Draft202012Validator(schema("ensemble"))
+    assert not list(ensemble.iter_errors({"members": members}))
+    assert list(ensemble.iter_errors({"members": {}}))
 
 
 def test_the_page_tells_of_every_recipe() -> None:
