@@ -40,8 +40,10 @@ def _kept(state: State) -> Kept:
 def _picked(rows: Rows, numbers: Tensor) -> Rows:
     """Rows by number, copied a few at a time: there are no more copies than one."""
     picked = Rows(rows.shape, rows.dtype)
+    # Wide rows may be narrow again without those that were left out.
+    add = picked.append if rows.dtype == torch.float64 else picked.adopt
     for some in torch.split(numbers, 4096):
-        picked.adopt(rows[some])
+        add(rows[some])
     return picked
 
 

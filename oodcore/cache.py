@@ -28,7 +28,7 @@ from oodcore.features import Features, Head
 
 log = logging.getLogger("oodcore")
 
-FORM = 1
+FORM = 2
 """Of what is written; entries of another form are not found."""
 SEAL = 64
 """Characters of the SHA-256 that an entry begins with, before a line feed."""
@@ -92,7 +92,7 @@ class Cache:
         """The tensors and the record of an entry; None where there is none that can be read."""
         try:
             raw = memoryview(path.read_bytes())
-            return _unsealed(raw)
+            return _unsealed(raw, path)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -117,7 +117,7 @@ class Cache:
         try:
             path.parent.mkdir(exist_ok=True)
             with passing.open("xb") as file:
-                file.write(f"{_sha256(payload)}\n".encode())
+                file.write(_seal(payload, path))
                 file.write(payload)
             os.replace(passing, path)
         except OSError as error:
@@ -257,14 +257,20 @@ class CachedModel:
         self._warned = True
 
 
-def _unsealed(raw: memoryview) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _seal(payload: bytes, path: Path) -> bytes:
+    """What an entry begins with: of its place too, so that an entry of another place is damage."""
+    place = f"{path.parent.name}/{path.name}".encode()
+    return f"{_sha256(place + payload)}\n".encode()
+
+
+def _unsealed(raw: memoryview, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the record in a file.
 
     Raises:
         ValueError, KeyError, TypeError, SafetensorError: it is not what was written.
     """
     payload = bytes(raw[SEAL + 1 :])
-    if bytes(raw[: SEAL + 1]) != f"{_sha256(payload)}\n".encode():
+    if bytes(raw[: SEAL + 1]) != _seal(payload, path):
         raise ValueError("it is damaged")
     header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
     return safetensors.torch.load(payload), json.loads(header["__metadata__"]["record"])

@@ -51,6 +51,10 @@ def fit(
     Raises:
         ConfigurationError, DataError: as ``Detector.fit``; no detector is changed then.
     """
+    if data is None:
+        raise DataError(
+            "there are no rows to fit on: give in-distribution ones, in a configuration as 'train'"
+        )
     groups = by_model(detectors)
     _refuse_reading_twice(groups, data, held_out)
     done = []
