@@ -37,16 +37,6 @@ def _kept(state: State) -> Kept:
     return Kept(**{name: rows.copy() for name, rows in state.items() if name != "hashes"})
 
 
-def _picked(rows: Rows, numbers: Tensor) -> Rows:
-    """Rows by number, copied a few at a time: there are no more copies than one."""
-    picked = Rows(rows.shape, rows.dtype)
-    # Wide rows may be narrow again without those that were left out.
-    add = picked.append if rows.dtype == torch.float64 else picked.adopt
-    for some in torch.split(numbers, 4096):
-        add(rows[some])
-    return picked
-
-
 class _Keeping(Statistic):
     """What Bank and Sample share: rows of some fields, with class and id."""
 
@@ -148,7 +138,7 @@ class Sample(_Keeping):
     def view(self, state: State) -> Kept:
         trimmed = self._trimmed(state)
         order = trimmed["hashes"].tensor().argsort(stable=True)
-        rows = {n: _picked(v, order) for n, v in trimmed.items() if isinstance(v, Rows)}
+        rows = {n: v.picked(order) for n, v in trimmed.items() if isinstance(v, Rows)}
         return _kept(rows)
 
     def _trimmed(self, state: State) -> State:
@@ -166,5 +156,5 @@ class Sample(_Keeping):
         rank = torch.arange(len(order)) - first
         last, keep = order[rank == self.capacity - 1], order[rank < self.capacity]
         limits[groups[last]] = hashes[last]
-        rows = {n: _picked(v, keep) for n, v in state.items() if isinstance(v, Rows)}
+        rows = {n: v.picked(keep) for n, v in state.items() if isinstance(v, Rows)}
         return {**rows, "limits": limits, "checked": torch.tensor(len(keep))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -197,6 +198,30 @@ class Rows:
                     out.index_copy_(0, here, taken.to(self.dtype))
                 first = last
         return out.reshape(*rows.shape, *self.shape)
+
+    def picked(self, numbers: Tensor) -> Rows:
+        """Other rows: some of these by number ``[M]``, each at most once, in this order."""
+        other = Rows(self.shape, self.dtype)
+        size = self.dtype.itemsize * math.prod(self.shape)
+        # Wide rows may be narrow again without those that were left out.
+        if self.dtype == torch.float64 or len(numbers) * size > MEMORY_LIMIT:
+            for some in torch.split(numbers, 4096):
+                other.append(self[some])
+            return other
+        whole = torch.empty((len(numbers), *self.shape), dtype=self.dtype)
+        place = torch.full((len(self),), -1)
+        place[numbers] = torch.arange(len(numbers))
+        first = 0
+        for segment in self._segments:
+            values = segment.values
+            here = place[first : first + len(values)]
+            first += len(values)
+            taken = here >= 0
+            if not bool(taken.all()):
+                here, values = here[taken], values[taken]
+            whole.index_copy_(0, here, values)
+        other.adopt(whole)
+        return other
 
     def __getstate__(self) -> dict[str, Any]:
         return {"shape": self.shape, "dtype": self.dtype, "rows": self.tensor()}

@@ -90,13 +90,11 @@ class ClassMoments(Statistic):
         before = state["count"][present]
         share = count / (before + count)
         shift = mean - state["mean"][present]
-        # One buffer for what is multiplied: copies would cost as much as a fifth of the product.
-        inside = rows.new_empty((len(rows) + len(present), rows.shape[1]))
-        within, between = inside[: len(rows)], inside[len(rows) :]
-        torch.index_select(mean, 0, place, out=within)
-        torch.sub(rows, within, out=within)
-        torch.mul(shift, (before * share).sqrt()[:, None], out=between)
-        _add_products(state["scatter"], inside)
+        # About this point the outer products of a class's rows add up to those about their mean,
+        # and to what the two means' distance contributes: there is nothing else to multiply.
+        about = mean - shift * (before / (before + count)).sqrt()[:, None]
+        inside = torch.index_select(about, 0, place)
+        _add_products(state["scatter"], torch.sub(rows, inside, out=inside))
         state["mean"].index_add_(0, present, shift.mul_(share[:, None]))
         state["count"].index_add_(0, present, count)
         return state

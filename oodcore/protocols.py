@@ -275,7 +275,7 @@ def _from_kind(value: Any) -> Any:
             "unknown_kind",
             "{message}",
             {
-                "message": f"unknown protocol '{kind}'{suggestion(kind, known)}; there are: "
+                "message": f"unknown protocol '{kind}'{suggestion(kind, known) or ';'} there are: "
                 f"{', '.join(known)}"
             },
         )

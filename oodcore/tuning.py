@@ -268,8 +268,9 @@ def choose(tuning: Tuning, trials: int = TRIALS, on_progress: OnProgress | None 
 def _refuse(tuning: Tuning, fields: Mapping[Route, Space], trials: int) -> None:
     if not fields:
         kinds = [type(part).kind for _, part in _parts(tuning.scorer, tuning.shapers)]
+        verb = "declares" if len(kinds) == 1 else "declare"
         raise ConfigurationError(
-            f"there is nothing to search: {', '.join(kinds)} declare no values worth trying"
+            f"there is nothing to search: {', '.join(kinds)} {verb} no values worth trying"
         )
     if tuning.metric not in SEPARATION:
         raise ConfigurationError(f"metric is one of {', '.join(SEPARATION)}, not {tuning.metric!r}")

@@ -219,9 +219,10 @@ def _rebuilt(saved: _Detector, model: Any, allow: frozenset[str]) -> Detector:
     if extractor is not None and model is None:
         model = registry.build("extractor", extractor)
         if refused := sorted(_code(model) - allow):
+            options = " ".join(f"--allow {name}" for name in refused)
             raise ArtifactError(
                 f"this artifact runs {', '.join(refused)}: allow it by name if you trust it "
-                f"(allow={refused!r}, or --allow {refused[0]}), or give model="
+                f"(allow={refused!r}, or {options}), or give model="
             )
     detector = Detector(
         model,

@@ -573,3 +573,17 @@ def test_global_generators_stay_as_they_are(tmp_path: Path) -> None:
     read(model, TEST, tmp_path)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
+
+
+def test_an_entry_in_the_place_of_another_is_damage(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = FeatureModel.wrap(network())
+    before = read(model, TEST[:16], tmp_path)
+    read(model, TEST[16:32], tmp_path)
+    one, other = entries(tmp_path, "features")
+    first, second = one.read_bytes(), other.read_bytes()
+    one.write_bytes(second)
+    other.write_bytes(first)
+    same(before[0], read(model, TEST[:16], tmp_path)[0])
+    assert "damaged" in caplog.text

@@ -588,3 +588,16 @@ def test_copies_and_pickles_go_on_apart(net: Net) -> None:
         np.testing.assert_array_equal(twin.score(PROBE), expected)
         twin.partial_fit((X[150:], Y[150:]))
         np.testing.assert_array_equal(detector.score(PROBE), expected)
+
+
+def test_nothing_to_fit_on_is_said_in_words() -> None:
+    with pytest.raises(DataError, match="no rows to fit on: give in-distribution ones"):
+        Detector(scorer="mahalanobis").fit(None)
+    known = {"kind": "digits", "classes": [0, 1], "split": "test"}
+    with pytest.raises(DataError, match="no rows to fit on.*'train'"):
+        oodcore.benchmark(
+            nn.Sequential(nn.Flatten(), nn.Linear(64, 2)),
+            id_test=known,
+            ood={"noise": {"kind": "noise", "shape": [1, 8, 8], "rows": 20}},
+            scorers=["knn"],
+        )

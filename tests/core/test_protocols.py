@@ -381,7 +381,8 @@ OOD = {"ood": {"x": "noise"}}
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"protocol": "opnood", **OOD}, "unknown protocol 'opnood'; did you mean 'openood'"),
+        ({"protocol": "opnood", **OOD}, "'opnood'; did you mean 'openood'\\? there are: "),
+        ({"protocol": "zzz", **OOD}, "unknown protocol 'zzz'; there are: separation"),
         ({"protocol": 3, **OOD}, "write a protocol as its kind"),
         ({"protocol": {"draws": 3}, **OOD}, "write a protocol as its kind"),
         ({"protocol": {"kind": "outlier_exposure", "level": 97}, **OOD}, "level: must be 90, 95"),

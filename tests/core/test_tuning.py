@@ -320,7 +320,7 @@ def test_values_that_are_refused_are_recorded_and_not_chosen(
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"scorer": "msp"}, "nothing to search: msp"),
+        ({"scorer": "msp"}, "nothing to search: msp declares no"),
         ({"scorer": KNN, "metric": "accuracy"}, "metric is one of auroc"),
         ({"scorer": KNN, "trials": 0}, "at least 1"),
         ({"scorer": KNN, "validation": TRAIN}, "validation is what is fitted on"),
