@@ -597,6 +597,7 @@ def test_nothing_to_fit_on_is_said_in_words() -> None:
     with pytest.raises(DataError, match="no rows to fit on.*'train'"):
         oodcore.benchmark(
             nn.Sequential(nn.Flatten(), nn.Linear(64, 2)),
+            train=None,
             id_test=known,
             ood={"noise": {"kind": "noise", "shape": [1, 8, 8], "rows": 20}},
             scorers=["knn"],
