@@ -216,6 +216,7 @@ class BenchmarkConfig(Configuration):
             ``{name, members, combine}``; or ``installed``, every scorer that needs no field.
         models: extractors by name, in place of ``extractor``: everything is done for each.
         trainings: training runs by name, whose results are models of these names.
+        train: in-distribution rows to fit on.
         id_test: in-distribution rows to evaluate on.
         ood: rows that are not in-distribution, by name; nearly every protocol needs some.
         protocol: what is measured, a kind or a mapping with a kind.
@@ -228,6 +229,7 @@ class BenchmarkConfig(Configuration):
         | None
     ) = None
     trainings: Annotated[Mapping[Name, TrainingConfig], Field(min_length=1)] | None = None
+    train: Rows
     id_test: Rows
     ood: Annotated[Mapping[Name, Rows], Field(min_length=1)] | None = None
     protocol: Chosen = Separation()

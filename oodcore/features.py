@@ -218,7 +218,7 @@ class Features:
         """
         device = self.device if self.device.type != "mps" else torch.device("cpu")
         wide = torch.float64
-        cast = {
+        cast: dict[str, Any] = {
             "embeddings": None if self.embeddings is None else self.embeddings.to(device, wide),
             "logits": None if self.logits is None else self.logits.to(device, wide),
             "labels": None if self.labels is None else self.labels.to(device),

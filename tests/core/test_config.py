@@ -96,7 +96,13 @@ def wrong(model: Any, data: Any) -> list[str]:
 
 
 def benchmark(**fields: Any) -> BenchmarkConfig:
-    full = {"id_test": "few_test", "ood": {"far": "few_test"}, "scorers": ["flat_test"], **fields}
+    full = {
+        "train": "few_test",
+        "id_test": "few_test",
+        "ood": {"far": "few_test"},
+        "scorers": ["flat_test"],
+        **fields,
+    }
     return validate(BenchmarkConfig, {k: v for k, v in full.items() if v is not None})
 
 
@@ -237,11 +243,14 @@ def test_groups_name_what_is_in_ood():
 # A benchmark
 
 
-def test_a_benchmark_needs_rows_to_evaluate_on():
+def test_a_benchmark_needs_rows_to_fit_and_to_evaluate_on():
     assert wrong(BenchmarkConfig, {"scorer": "flat_test"}) == [
+        "train: is needed",
         "id_test: is needed",
     ]
-    assert wrong(BenchmarkConfig, {"scorer": "flat_test", "id_test": "few_test"}) == [
+    assert wrong(
+        BenchmarkConfig, {"scorer": "flat_test", "train": "few_test", "id_test": "few_test"}
+    ) == [
         "ood: is needed: rows that are not in-distribution, by name",
     ]
     assert wrong_benchmark(ood={}) == ["ood: must be a mapping of at least 1 item, not of 0"]
@@ -250,7 +259,8 @@ def test_a_benchmark_needs_rows_to_evaluate_on():
 def test_a_detectors_file_serves_a_benchmark(tmp_path):
     path = tmp_path / "both.yaml"
     path.write_text(
-        "scorer: flat_test\nshapers: [clip_test]\nid_test: few_test\nood: {far: few_test}\n"
+        "scorer: flat_test\nshapers: [clip_test]\ntrain: few_test\nid_test: few_test\n"
+        "ood: {far: few_test}\n"
     )
     assert validate(DetectorConfig, read(path)).scorer == Flat()
     config = validate(BenchmarkConfig, read(path))
@@ -330,6 +340,7 @@ def test_installed_is_every_scorer_that_its_kind_alone_makes():
 def test_what_is_wrong_with_scorers_is_said_at_its_place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "b.yaml").write_text(
+        "train: few_test\n"
         "id_test: few_test\n"
         "ood: {far: few_test}\n"
         "scorers:\n"
@@ -343,16 +354,16 @@ def test_what_is_wrong_with_scorers_is_said_at_its_place(tmp_path, monkeypatch):
         "  - {kind: needy_test}\n"
     )
     lines = wrong(BenchmarkConfig, read("b.yaml"))
-    assert lines[0] == "b.yaml:5: scorers.1.k: must be a whole number, not text 'x'"
+    assert lines[0] == "b.yaml:6: scorers.1.k: must be a whole number, not text 'x'"
     assert lines[1].startswith(
-        "b.yaml:6: scorers.2: unknown scorer 'flat_tset'; did you mean 'flat"
+        "b.yaml:7: scorers.2: unknown scorer 'flat_tset'; did you mean 'flat"
     )
     assert lines[2:] == [
-        "b.yaml:7: scorers.3.shaper: unknown field; did you mean 'shapers'?",
-        "b.yaml:8: scorers.4.scorer.nomalize: unknown field; did you mean 'normalize'?",
-        "b.yaml:9: scorers.5.scorer: is needed",
-        "b.yaml:10: scorers.6: write a scorer as its kind ('name') or as a mapping with a 'kind'",
-        "b.yaml:11: scorers.7.scorer: is needed",
+        "b.yaml:8: scorers.3.shaper: unknown field; did you mean 'shapers'?",
+        "b.yaml:9: scorers.4.scorer.nomalize: unknown field; did you mean 'normalize'?",
+        "b.yaml:10: scorers.5.scorer: is needed",
+        "b.yaml:11: scorers.6: write a scorer as its kind ('name') or as a mapping with a 'kind'",
+        "b.yaml:12: scorers.7.scorer: is needed",
     ]
 
 

@@ -193,6 +193,25 @@ def test_double_is_wide_and_changes_nothing_else() -> None:
     assert half.embeddings.dtype == torch.bfloat16
 
 
+def test_what_is_wide_already_is_not_copied() -> None:
+    features = Features(embeddings=random(4, 4), head=Head(random(3, 4), random(3)))
+    assert features.double() is features
+    assert features.double().head is features.head
+    narrow = Features(embeddings=random(4, 4).float(), head=features.head)
+    assert narrow.double().embeddings.dtype == torch.float64
+
+
+def test_a_head_that_is_owned_does_not_follow_the_model() -> None:
+    head = Head(random(3, 4), random(3), scale=2.0)
+    owned = head.owned()
+    weight, bias = head.weight.clone(), head.bias.clone()
+    head.weight.zero_()
+    head.bias.zero_()
+    assert torch.equal(owned.weight, weight)
+    assert torch.equal(owned.bias, bias)
+    assert owned.scale == 2.0
+
+
 def test_detached() -> None:
     rows = random(3, 4).requires_grad_()
     features = Features(embeddings=rows, head=Head(random(2, 4)))

@@ -385,9 +385,43 @@ def assert_holds(rows: Rows, expected: Tensor) -> None:
     assert torch.equal(torch.cat([*blocks, rows.tensor()[:0]]).double(), expected.double())
     for first, last in ((0, len(expected)), (2, 5), (len(expected) - 1, len(expected) + 4), (3, 3)):
         assert torch.equal(rows.between(first, last).double(), expected[first:last].double())
+    read = list(rows.read(4))
+    assert all(len(part) == 4 for part in read[:-1])
+    assert all(0 < len(part) <= 4 and part.dtype == rows.dtype for part in read)
+    assert torch.equal(torch.cat([*read, rows.tensor()[:0]]).double(), expected.double())
     if len(expected):
+        order = torch.randperm(len(expected), generator=torch.Generator().manual_seed(0))
+        for numbers in (order, order[: len(order) // 2]):
+            picked = rows.picked(numbers)
+            assert torch.equal(picked.tensor().double(), expected[numbers].double())
         numbers = torch.tensor([[len(expected) - 1, 0], [len(expected) // 2, 0]])
         assert torch.equal(rows[numbers].double(), expected[numbers].double())
+
+
+def test_rows_are_read_and_picked_where_they_are() -> None:
+    rows = Rows((3,))
+    parts = [random(count, 3, count).float() for count in (5, 1, 9)]
+    for part in parts:
+        rows.append(part)
+    whole = torch.cat(parts)
+    assert [len(part) for part in rows.read(6)] == [6, 6, 3]
+    assert torch.equal(torch.cat(list(rows.read(6))), whole)
+    numbers = torch.tensor([14, 0, 6])
+    assert torch.equal(rows.picked(numbers).tensor(), whole[numbers])
+    assert len(rows.picked(numbers[:0])) == 0
+    assert len(rows._segments) == 3, "nothing was moved"
+
+
+def test_rows_picked_of_wide_ones_are_narrow_where_that_loses_nothing() -> None:
+    rows = Rows((2,))
+    narrow = random(4, 2).float()
+    rows.append(narrow)
+    rows.append(random(1, 2) / 3)
+    assert rows.dtype == torch.float64
+    assert rows.picked(torch.tensor([4, 1])).dtype == torch.float64
+    picked = rows.picked(torch.tensor([2, 0]))
+    assert picked.dtype == torch.float32
+    assert torch.equal(picked.tensor(), narrow[[2, 0]])
 
 
 def test_rows_that_are_put_together_let_go_of_their_parts():

@@ -148,7 +148,7 @@ def test_ensembles_of_every_split() -> None:
 
 
 def wrong(**fields: Any) -> list[str]:
-    given = {"id_test": "digits", "ood": {"noise": "noise"}, **fields}
+    given = {"train": "digits", "id_test": "digits", "ood": {"noise": "noise"}, **fields}
     with pytest.raises(ConfigurationError) as caught:
         validate(BenchmarkConfig, given)
     return str(caught.value).splitlines()
@@ -194,7 +194,13 @@ def test_what_is_wrong_with_an_ensemble_is_said_at_its_place() -> None:
 
 def test_an_ensemble_without_a_name_is_called_after_its_members() -> None:
     def names(*scorers: Any) -> list[Any]:
-        given = {"id_test": "digits", "ood": {"n": "noise"}, "models": RUNS, "scorers": scorers}
+        given = {
+            "train": "digits",
+            "id_test": "digits",
+            "ood": {"n": "noise"},
+            "models": RUNS,
+            "scorers": scorers,
+        }
         return [one.name for one in validate(BenchmarkConfig, given).candidates()]
 
     plain = {"members": {"a": {"scorer": "msp"}, "b": {"scorer": "knn"}}}

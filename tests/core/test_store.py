@@ -44,6 +44,14 @@ def test_each_statistic_is_kept_once() -> None:
         store.add(NormMoments())
 
 
+def test_the_head_is_kept_as_it_was() -> None:
+    weight = torch.ones(2, 3, dtype=torch.float64)
+    given = Features(embeddings=torch.ones(4, 3, dtype=torch.float64), head=Head(weight))
+    store = FeatureStore(statistics=[Bank()]).update(given)
+    weight.zero_()
+    assert bool((store.head.weight == 1).all())
+
+
 def test_merging_equals_updating() -> None:
     whole = FeatureStore(statistics=ALL).update(rows(30)).update(rows(20, 100))
     one = FeatureStore(statistics=ALL).update(rows(30))

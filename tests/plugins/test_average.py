@@ -263,11 +263,8 @@ def test_what_is_wrong_in_a_configuration_is_said(fields, message):
 
 
 def test_an_artifact_names_an_option_for_every_function_it_runs(tmp_path):
-    factories = ["oodcore_plugins.networks:digits_cnn", "oodcore_plugins.networks:mnist_convnet"]
-    parts = [
-        {"kind": "torch", "factory": factories[0], "arguments": {"classes": 3, "side": 28}},
-        {"kind": "torch", "factory": factories[1], "arguments": {"classes": 3}},
-    ]
+    factories = ["extractor_models:network", "extractor_models:without_dropout"]
+    parts = [{"kind": "torch", "factory": name} for name in factories]
     oodcore.Detector({"kind": "average", "extractors": parts}, scorer="msp").save(tmp_path / "a")
     with pytest.raises(ArtifactError, match=" ".join(f"--allow {name}" for name in factories)):
         oodcore.load(tmp_path / "a")
