@@ -45,13 +45,12 @@ class Spool:
                 rows.append(value)
                 self.types.setdefault(name, value.dtype)
 
-    def batches(self, device: torch.device, size: int = 2048) -> Iterator[Features]:
+    def batches(self, device: torch.device, size: int = 1024) -> Iterator[Features]:
         """The rows in order."""
-        parts = zip(*(rows.read(size) for rows in self.columns.values()), strict=True)
-        for read in parts if self.columns else ():
+        readers = {name: rows.read(size) for name, rows in self.columns.items()}
+        for _ in range(0, len(self), size):
             columns = {
-                name: part.to(device, self.types[name])
-                for name, part in zip(self.columns, read, strict=True)
+                name: next(reader).to(device, self.types[name]) for name, reader in readers.items()
             }
             plain = {name: columns.get(name) for name in ("embeddings", "logits", "labels", "ids")}
             layers = {

@@ -189,7 +189,7 @@ def _validate(block: Block) -> None:
     elif "members" in names:
         validate(EnsembleConfig, document)
     elif names & {"scorers", "models", "groups", "trainings"}:
-        rest = {"scorers": ["msp"], "id_test": "digits", "ood": {"x": "noise"}}
+        rest = {"scorers": ["msp"], "train": "digits", "id_test": "digits", "ood": {"x": "noise"}}
         whole = {"id_test", "scorers"} <= names
         validate(BenchmarkConfig, document if whole else {**rest, **document.data})
     else:
