@@ -58,7 +58,7 @@ class Spool:
                 for name, value in columns.items()
                 if name.startswith("layers.")
             }
-            yield Features(**plain, layers=layers, head=self.head).double()
+            yield Features(**plain, layers=layers, head=self.head).double()  # type: ignore[arg-type]
 
     def copy(self, layers: Container[str]) -> Spool:
         """A spool that goes on apart from this one, with some of its layers."""
