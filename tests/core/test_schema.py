@@ -433,6 +433,7 @@ def test_whole_configurations_are_judged_alike():
 def test_whole_benchmarks_are_judged_alike():
     benchmark = {
         "scorers": ["plain_test", {"kind": "ruled_test"}, {"name": "a", "scorer": "plain_test"}],
+        "train": "digits",
         "id_test": "digits",
         "ood": {"far": "digits"},
         "groups": {"all": ["far"]},
