@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from oodcore.extractor import Extractor, FeatureModel
     from oodcore.features import Features, Head
     from oodcore.hookspecs import hookimpl
-    from oodcore.index import Index, Rows
+    from oodcore.index import Index
     from oodcore.plugins import registry
     from oodcore.regularizer import Memory, Regularizer, Run, Step
+    from oodcore.rows import Rows
     from oodcore.scorer import Combination, Scorer, Shaper
     from oodcore.statistics import Shape, Statistic
     from oodcore.store import FeatureStore
@@ -35,9 +36,10 @@ _HOMES = {
     "extractor": ("Extractor", "FeatureModel"),
     "features": ("Features", "Head"),
     "hookspecs": ("hookimpl",),
-    "index": ("Index", "Rows"),
+    "index": ("Index",),
     "plugins": ("registry",),
     "regularizer": ("Memory", "Regularizer", "Run", "Step"),
+    "rows": ("Rows",),
     "scorer": ("Combination", "Scorer", "Shaper"),
     "statistics": ("Shape", "Statistic"),
     "store": ("FeatureStore",),

@@ -25,7 +25,7 @@ from oodcore.encoding import (
     tensors_of,
 )
 from oodcore.errors import ArtifactError
-from oodcore.index import Rows
+from oodcore.rows import Rows
 
 SCHEMA = 1
 MANIFEST = "MANIFEST.json"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from oodcore.errors import DataError
 from oodcore.features import Features, required
-from oodcore.index import Rows
+from oodcore.rows import Rows
 from oodcore.selection import hashed
 from oodcore.statistic import Shape, State, Statistic, assigned
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from oodcore.errors import ArtifactError
-from oodcore.index import Index, Rows
+from oodcore.index import Index
+from oodcore.rows import Rows
 
 STATE = "state.safetensors"
 HEADER_LIMIT = 4 * 2**20

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from oodcore.errors import ConfigurationError, DataError
 from oodcore.features import Features, Rerun, check_finite
-from oodcore.index import Index, Rows
+from oodcore.index import Index
+from oodcore.rows import Rows
 from oodcore.scorer import Scorer, Shaper, depth, needed, needed_to_fit, tree
 from oodcore.statistics import State
 from oodcore.store import missing_fields

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from oodcore.errors import DataError
 from oodcore.features import Features
-from oodcore.index import Rows
+from oodcore.rows import Rows
 from oodcore.store import packed_head, unpacked_head
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from oodcore.component import Component
 from oodcore.features import Features, required
-from oodcore.index import Index, Rows
+from oodcore.index import Index
+from oodcore.rows import Rows
 
 State = Mapping[str, Any]
 """What a component has learnt: ``Tensor | Rows | Index | State`` by name (``[a-z0-9_]+``)."""

@@ -13,7 +13,8 @@ from torch import Tensor
 from oodcore.component import canonical
 from oodcore.errors import DataError, NotFittedError
 from oodcore.features import Features, Head
-from oodcore.index import Index, Rows
+from oodcore.index import Index
+from oodcore.rows import Rows
 from oodcore.statistics import (
     AtLayer,
     Bank,

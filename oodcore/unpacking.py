@@ -19,9 +19,9 @@ from oodcore.errors import ArtifactError, DataError, OodcoreError
 from oodcore.extractor import Extractor
 from oodcore.features import Features, Head
 from oodcore.fitting import Fitting
-from oodcore.index import Rows
 from oodcore.plugins import UNNAMED, registry
 from oodcore.recipe import Learnt, Recipe, scored, shaped
+from oodcore.rows import Rows
 from oodcore.scorer import needed, needed_to_fit, state_at, tree
 from oodcore.spool import dtype_of
 

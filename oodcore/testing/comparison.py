@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from oodcore.index import Index, Rows
+from oodcore.index import Index
+from oodcore.rows import Rows
 
 TOLERANCE = 1e-6
 """Relative; matrix products of other batch sizes are not bitwise the same."""

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from oodcore.detector import load
 from oodcore.errors import NotFittedError
-from oodcore.index import Index, Rows
+from oodcore.index import Index
+from oodcore.rows import Rows
 from oodcore.scorer import tree
 from oodcore.store import FeatureStore
 from oodcore.testing.check import registered

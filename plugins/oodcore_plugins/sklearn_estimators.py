@@ -21,7 +21,7 @@ from oodcore.errors import DataError
 from oodcore.factory import Arguments
 from oodcore.features import required
 from oodcore.hookspecs import Register
-from oodcore.index import Rows
+from oodcore.rows import Rows
 from oodcore.statistics import Sample, State
 
 MODULES = {

@@ -12,7 +12,7 @@ from torch import Tensor
 from oodcore import Features, FeatureStore, Index, Paper, Scorer, Statistic, hookimpl
 from oodcore.features import required
 from oodcore.hookspecs import Register
-from oodcore.index import Rows
+from oodcore.rows import Rows
 from oodcore.statistics import Bank, State
 
 MOST = 1e12

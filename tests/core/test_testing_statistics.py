@@ -7,7 +7,7 @@ import torch
 
 from oodcore import Statistic
 from oodcore.errors import ConfigurationError
-from oodcore.index import Rows
+from oodcore.rows import Rows
 from oodcore.statistics import AtLayer, Bank, ClassMoments, Normalized, Sample
 from oodcore.testing import check_statistic, statistic_checks
 from oodcore.testing.statistics import LAWS
