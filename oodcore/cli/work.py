@@ -64,7 +64,7 @@ def demonstrate(out: Path) -> None:
 
 
 def train_network(config: Path, out: Path, resume: bool, overwrite: bool) -> None:
-    """Train a network, and print where it is and how accurate."""
+    """Train a network, and print where it is, how accurate and how collapsed."""
     document = read(config)
     run = validate(TrainingConfig, document)
     with streams.bars() as bars:
@@ -310,6 +310,9 @@ def _accuracy(folder: Path) -> str:
     for name, word in (("accuracy", "accuracy"), ("validation/accuracy", "on validation rows")):
         if last.get(name):
             told.append(f"{word} {percent(float(last[name]))} %")
+    for name in ("wfc", "cfc"):
+        if last.get(f"collapse/{name}"):
+            told.append(f"{name} {float(last[f'collapse/{name}']):.3g}")
     return ", ".join(told)
 
 

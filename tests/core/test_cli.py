@@ -517,6 +517,10 @@ def test_training_says_how_it_went(said, place, tmp_path):
         done.lines[0],
     )
     assert str(folder) in done.lines[1]
+    measured = tmp_path / "measured.yaml"
+    measured.write_text(f"{(place / 'training.yaml').read_text()}collapse: true\n")
+    line = said("train", measured, "--out", tmp_path / "measured").lines[0]
+    assert re.search(r" %, wfc [\d.e-]+, cfc [\d.]+$", line)
     assert said("train", place / "training.yaml", "--out", folder, "--resume").code == 0
     assert said("train", place / "training.yaml", "--out", folder).code == 1
     assert said("train", place / "training.yaml", "--out", folder, "--overwrite").code == 0
