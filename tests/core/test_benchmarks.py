@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -110,11 +112,15 @@ def test_a_stream_is_fitted(part):
     part("memory").stream(1500)
 
 
-def test_the_peak_is_that_of_the_work(part):
-    measure = part("measure")
+def test_the_peak_is_that_of_the_work():
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("the peak is read from Linux's /proc")
-    assert 60 < measure.peak(lambda: torch.ones(64 * 2**18).sum()) < 90
+    # A process of its own: one that ran other tests has freed memory to reuse.
+    code = "import measure, torch; print(measure.peak(lambda: torch.ones(64 * 2**18).sum()))"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "benchmarks", capture_output=True, check=True
+    )
+    assert 60 < float(found.stdout) < 90
 
 
 def test_works_take_turns_and_the_ratio_is_of_the_same_round(part):
