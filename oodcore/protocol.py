@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -62,9 +63,9 @@ class Protocol(Settings):
     """Whether everything is measured once more on all OOD sets taken together."""
 
     @property
+    @abstractmethod
     def told(self) -> str:
         """What is done, in a sentence."""
-        raise NotImplementedError
 
     @property
     def measured(self) -> tuple[str, ...]:
