@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -230,6 +230,20 @@ class TrainingConfig(Blueprint):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     checkpoint_every: PositiveInt | None = None
     num_workers: NonNegativeInt = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_accumulation(cls, data: Any) -> Any:
+        for name in ("accumulate", "accumulate_grad_batches"):
+            if isinstance(data, Mapping) and name in data:
+                raise PydanticCustomError(
+                    "accumulation",
+                    "{name}: gradients of several batches are not added up, for what passes a "
+                    "batch twice (sam) or counts steps would see the last of them only; take a "
+                    "larger batch_size",
+                    {"name": name},
+                )
+        return data
 
     @model_validator(mode="after")
     def _check_run(self) -> TrainingConfig:

@@ -56,7 +56,10 @@ REFUSED = {
         {"regularizers": [Batched(), BatchedToo()]},
         "also_batched and batched each replace the rows of the batch",
     ),
-    "accumulated gradients": ({"accumulate": 2}, "accumulate: unknown field"),
+    "accumulated gradients": (
+        {"accumulate": 2},
+        "accumulate: gradients of several batches are not added up",
+    ),
     "collapse": ({"collapse": 1}, "collapse"),
     "no outliers": (
         {"regularizers": [Everything()], "outliers": None},
